@@ -1,0 +1,234 @@
+"""The `latent-sft` command: one parser, one dispatch. Whatever imports torch is imported inside its handler.
+
+Exit status: 0 done, 1 failure, 2 a mistake of the user (one message, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latent_sft import __version__
+from latent_sft.config.schema import STAGES
+from latent_sft.errors import ConfigError, LatentSFTError, TrainingError, did_you_mean
+
+if TYPE_CHECKING:
+    from latent_sft.config.schema import Config
+
+OK, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status; argparse ends the process itself for --help and usage errors."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("latent_sft").setLevel(logging.INFO)
+    args = parse(argv)
+    try:
+        return args.handler(args) or OK
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        expected = isinstance(error, LatentSFTError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected or args.debug else " (add --debug for the traceback)"
+        print(f"error: {kind}{error}{hint}", file=sys.stderr)
+        return USER_ERROR if expected and not isinstance(error, TrainingError) else FAILURE
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line; `key=value` settings may stand anywhere after the verb."""
+    parser, verbs = build_parser()
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in verbs:
+        parser.error(f"unknown command {verb!r}.{did_you_mean(verb, verbs, shown=len(verbs))}")
+    # argparse gives `CONFIG --model cot seed=1` an empty list of settings and leaves seed=1 over
+    args, rest = parser.parse_known_args(argv)
+    misplaced = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if misplaced:
+        hint = " Settings are written key=value." if hasattr(args, "overrides") else ""
+        parser.error(f"{args.verb}: unexpected {' '.join(misplaced)}.{hint}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """Return the parser and the verbs it knows."""
+    parser = argparse.ArgumentParser(
+        prog="latent-sft", description="Teach a language model to reason in latent tokens.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"latent-sft {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    table = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+
+    def verb(name: str, handler: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = table.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        # SUPPRESS: a default here would undo a --debug given before the verb
+        added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        added.set_defaults(handler=handler)
+        return added
+
+    def experiment(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset such as quickstart")
+        added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
+        return added
+
+    experiment(verb("run", _run, "the whole experiment; skips what is finished"))
+    train = verb("train", _train, "one training stage")
+    train.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
+    experiment(train)
+    experiment(verb("label", _label, "store the encoder's latents of the training set"))
+    evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
+    evaluation.add_argument("--model", action="append", help="no-cot, cot, stage1 or latent-sft; repeatable; all")
+    evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
+    experiment(verb("report", _report, "tables and plots of what was trained and measured"))
+    generate = verb("generate", _generate, "solve one problem and show the latents")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
+    generate.add_argument("problem", metavar="PROBLEM", help="text of the problem")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    generate.add_argument("--min-latents", type=int, metavar="N", help="do not stop thinking before; as trained")
+    generate.add_argument("--max-latents", type=int, metavar="N", help="end thinking after; as trained")
+    generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; as trained")
+    generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
+    export = experiment(
+        verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")
+    )
+    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default <run>/export")
+    export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
+    export.add_argument("--private", action="store_true", help="make the repository private")
+    experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
+    experiment(verb("config", _config, "the resolved configuration as YAML"))
+    verb("env", _env, "versions and devices")
+    return parser, list(table.choices)
+
+
+def _stage(name: str) -> str:
+    if name not in STAGES:
+        raise argparse.ArgumentTypeError(f"unknown stage {name!r}.{did_you_mean(name, STAGES)}")
+    return name
+
+
+def _load(args: argparse.Namespace) -> Config:
+    from latent_sft.config.load import load_config
+    from latent_sft.config.presets import resolve_config
+
+    args.config = resolve_config(args.config)
+    return load_config(args.config, args.overrides)
+
+
+def _run(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from latent_sft.pipeline import run_experiment
+
+    run_experiment(config)
+
+
+def _train(args: argparse.Namespace) -> int | None:
+    config = _load(args)
+    from latent_sft.launcher import relaunch_if_needed
+
+    status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
+    if status is None:
+        from latent_sft.train.run import train_stage
+
+        train_stage(config, args.stage)
+    return status
+
+
+def _label(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from latent_sft.inference.label import make_labels
+
+    make_labels(config)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from latent_sft.evaluation.run import evaluate
+
+    evaluate(config, models=args.model, splits=args.split)
+
+
+def _report(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from latent_sft.evaluation.report import write_report
+
+    print(write_report(Path(config.directory), title=config.name))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from latent_sft.inference.show import generate_one
+
+    shown = generate_one(
+        args.checkpoint,
+        args.problem,
+        as_json=args.json,
+        min_latents=args.min_latents,
+        max_latents=args.max_latents,
+        noise_scale=args.noise_scale,
+        top=args.top,
+    )
+    print(shown)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.private and not args.push_to_hub:
+        raise ConfigError("--private: only means something with --push-to-hub NAME.")
+    is_checkpoint = Path(args.config).is_dir()
+    if is_checkpoint and args.out is None:
+        raise ConfigError(
+            f"--out: expected a folder to write, because {args.config} is a checkpoint, not an experiment."
+        )
+    config = None if is_checkpoint else _load(args)
+    from latent_sft.export.checkpoint import export_checkpoint, export_run
+
+    out = args.out
+    if config is None:
+        export_checkpoint(Path(args.config), out)
+    else:
+        out = out or Path(config.directory) / "export"
+        export_run(config, out)
+    print(out)
+    if args.push_to_hub:
+        from latent_sft.export.hub import push
+
+        print(push(out, args.push_to_hub, private=args.private))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from latent_sft.plan import plan
+
+    print(plan(config, args.config, args.overrides), end="")
+
+
+def _config(args: argparse.Namespace) -> None:
+    from latent_sft.config.load import to_yaml
+
+    print(to_yaml(_load(args)), end="")
+
+
+def _env(args: argparse.Namespace) -> None:
+    import torch
+
+    from latent_sft.runs import environment
+
+    found = environment()
+    revision = found["git"]["revision"] + (" (modified)" if found["git"]["dirty"] else "")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {**found["versions"], "git": revision, "cpu threads": torch.get_num_threads(), "cuda": devices or "none"}
+    for name, value in rows.items():
+        print(f"{name:<14}{value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

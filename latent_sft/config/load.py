@@ -1,0 +1,116 @@
+"""Defaults <- one YAML <- `key=value` overrides, as frozen dataclasses. The only file that knows OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from latent_sft.config.schema import Config
+from latent_sft.errors import ConfigError, did_you_mean
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Return the experiment's configuration.
+
+    Args:
+        path: YAML file; None takes the defaults.
+        overrides: `key.sub=value` strings, the strongest.
+
+    Raises:
+        ConfigError: missing file, broken YAML, unknown key (with a suggestion), wrong type, value out of range.
+    """
+    layers: list[tuple[str, Any]] = []
+    if path is not None:
+        layers.append((str(path), _read_yaml(Path(path))))
+    for text in overrides:
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {text!r}: expected key=value, for example latent.rate=4.")
+        try:
+            # an empty value means the empty string, not YAML's null: `data.validation=`
+            layer = OmegaConf.from_dotlist([text if value else f"{key}=''"])
+        except Exception as error:  # the value is read as YAML, which raises its own family of errors
+            raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it.") from error
+        layers.append((f"override {text!r}", layer))
+    merged = OmegaConf.structured(Config)
+    for where, layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as error:
+            raise ConfigError(_unknown_key(where, layer)) from error
+        except OmegaConfBaseException as error:
+            key = error.full_key or _refused_key(layer)
+            raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return _tuples(config)
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def dotted_keys() -> list[str]:
+    """Return every dotted key of the schema, sorted; the golden list of the tests and the source of suggestions."""
+    return sorted(_keys(OmegaConf.to_container(OmegaConf.structured(Config)), ""))
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, near) if near else " Give the path of a YAML file, for example configs/quickstart.yaml."
+        raise ConfigError(f"{path}: no such configuration file.{hint}")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml raises its own family of errors; all mean the same to the user
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not OmegaConf.is_dict(layer):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top level.")
+    return layer
+
+
+def _keys(node: dict[str, Any], prefix: str) -> list[str]:
+    found: list[str] = []
+    for name, value in node.items():
+        found += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+    return found
+
+
+def _unknown_key(where: str, layer: Any) -> str:
+    known = dotted_keys()
+    sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
+    sections |= {s.rsplit(".", 1)[0] for s in sections if "." in s}
+    given = _keys(OmegaConf.to_container(layer), "")
+    unknown = [key for key in given if key not in known and key not in sections]
+    key = unknown[0] if unknown else "?"
+    return f"{where}: unknown key {key!r}.{did_you_mean(key, known)}"
+
+
+def _refused_key(layer: Any) -> str:
+    # OmegaConf names no key where a section or a list is replaced as a whole: merge the keys one by one to find it
+    for key in _keys(OmegaConf.to_container(layer), ""):
+        try:
+            OmegaConf.update(OmegaConf.structured(Config), key, OmegaConf.select(layer, key))
+        except OmegaConfBaseException:
+            return key
+    return "?"
+
+
+def _tuples(node: Any) -> Any:
+    # OmegaConf returns lists where the schema says tuple
+    values = {}
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            value = _tuples(value)
+        values[f.name] = tuple(value) if isinstance(value, list) else value
+    return type(node)(**values)

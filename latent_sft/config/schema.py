@@ -1,0 +1,386 @@
+"""The configuration of an experiment: frozen dataclasses with defaults, meanings and ranges. Imports nothing heavy.
+
+One YAML holds one experiment. Constants shared by stages (rate, top_k, ...) stand once, in `latent`.
+Ranges that need a tokenizer (ids, vocabulary) are checked later, by `LatentSpec`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal
+
+from latent_sft.errors import ConfigError
+
+# from the first to the last stage of an experiment; `label` stands between stage1-union and stage2
+SECTIONS = {
+    "no-cot": "no_cot",
+    "cot": "cot",
+    "stage1-encoder": "stage1.encoder",
+    "stage1-decoder": "stage1.decoder",
+    "stage1-union": "stage1.union",
+    "stage2": "stage2",
+}
+"""Command-line name of every stage -> its section of the configuration."""
+STAGES = tuple(SECTIONS)
+
+
+def need(ok: bool, key: str, value: object, expected: str) -> None:
+    """Raise a ConfigError that names the key, the value and what was expected, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{key}: got {value!r}, expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldsConfig:
+    """Names of the fields in a row of the `records` format."""
+
+    id: str = "id"
+    """Optional in the file: rows without it are numbered."""
+    problem: str = "problem"
+    cot: str = "cot"
+    cot_answer: str = "cot_answer"
+    """Text the model writes after `</think>`; where a row lacks it, `answer` is written."""
+    answer: str = "answer"
+    """Reference answer for grading."""
+    steps: str = "steps"
+    """Optional list of CoT steps; the CoT is split at line breaks where a row lacks it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """Seeded generators; used for a split whose source is `synthetic`."""
+
+    task: Literal["modular", "arithmetic", "prosqa"] = "modular"
+    """modular: word problems modulo `modulus`; arithmetic: GSM8K-Aug format; prosqa: graph reachability."""
+    num_train: int = 50_000
+    num_validation: int = 500
+    num_test: int = 1_000
+    seed: int = 0
+    modulus: int = 11
+    min_steps: int = 3
+    max_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for key in ("num_train", "num_validation", "num_test"):
+            need(getattr(self, key) >= 1, f"data.synthetic.{key}", getattr(self, key), "an integer >= 1")
+        need(self.modulus >= 2, "data.synthetic.modulus", self.modulus, "an integer >= 2")
+        need(
+            1 <= self.min_steps <= self.max_steps,
+            "data.synthetic.min_steps",
+            self.min_steps,
+            f"1 to max_steps={self.max_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where problems come from. A source is a path (JSONL, JSONL.gz, JSON, Parquet, TXT), `synthetic`, or a
+    `datasets` name written `hub:NAME[:CONFIG]:SPLIT`."""
+
+    train: str = "synthetic"
+    validation: str = ""
+    """Empty: `validation_size` rows are split off train, seeded by `split_seed`; never taken from test."""
+    test: str = "synthetic"
+    """Empty: no test set."""
+    format: Literal["records", "gsm8k", "icot", "coconut"] = "records"
+    """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; icot: problem||steps ####
+    answer lines; coconut: JSON list with question/steps/answer."""
+    test_format: str = ""
+    """Format of the test source where it differs (empty: as `format`)."""
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+    cot_style: Literal["text", "equations"] = "text"
+    """gsm8k format: `equations` keeps only the <<...>> steps (GSM8K-Aug style), `text` drops the annotations."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """skip counts and lists the bad rows in `data/skipped.jsonl` of the run directory."""
+    validation_size: int = 500
+    split_seed: int = 0
+    limit_train: int = 0
+    """Use only the first rows; 0 uses all."""
+    limit_test: int = 0
+    max_prompt_tokens: int = 1024
+    max_cot_tokens: int = 4096
+    """Longer rows are errors (or skipped with on_error=skip), never cut silently."""
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        need(
+            self.test_format in ("", "records", "gsm8k", "icot", "coconut"),
+            "data.test_format",
+            self.test_format,
+            "empty, records, gsm8k, icot or coconut",
+        )
+        need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
+        need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How a problem becomes a prompt; the delimiter `<think>` is always the end of the prompt."""
+
+    template: str = "auto"
+    """auto: the tokenizer's chat template if it has one, else plain; chat; or a text with one {problem}."""
+    system: str = ""
+    system_placement: Literal["system", "user"] = "user"
+    """Turn that holds the instruction (published code: user for Llama, system for Qwen)."""
+    think: str = "<think>"
+    end_think: str = "</think>"
+    """May be several ordinary tokens or one reserved token of the tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModelConfig:
+    """A small model built from scratch with its own word-level tokenizer, for CPU runs."""
+
+    model_type: str = "llama"
+    """Any causal decoder type of transformers that takes these sizes."""
+    hidden_size: int = 64
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    intermediate_size: int = 192
+    tie_embeddings: bool = True
+    max_positions: int = 1024
+    tokenizer: Literal["word", "digits", "bpe"] = "word"
+    """word: one token per word, number or symbol of the training text; digits: as word, numbers digit by digit;
+    bpe: byte-level BPE trained on the training text, never an unknown token."""
+    vocab_size: int = 4096
+    """Upper bound of the vocabulary built from the training text."""
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"):
+            need(getattr(self, key) >= 1, f"model.tiny.{key}", getattr(self, key), "an integer >= 1")
+        need(self.hidden_size % self.num_heads == 0, "model.tiny.num_heads", self.num_heads, "a divisor of hidden_size")
+        need(self.num_heads % self.num_kv_heads == 0, "model.tiny.num_kv_heads", self.num_kv_heads, "a divisor of num_heads")
+        need(self.vocab_size >= 16, "model.tiny.vocab_size", self.vocab_size, "an integer >= 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters; rank 0 is full fine-tuning."""
+
+    rank: int = 0
+    alpha: float = 128.0
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    """`all-linear` or comma-separated module names."""
+
+    def __post_init__(self) -> None:
+        need(self.rank >= 0, "model.lora.rank", self.rank, "0 (full fine-tuning) or a rank")
+        need(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model: a Hugging Face causal decoder, or a tiny one built here."""
+
+    name_or_path: str = ""
+    """Empty: build `tiny` from scratch."""
+    revision: str = "main"
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in memory while training."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Becomes the LatentSpec; see `latent_sft.method.types.LatentSpec` for every meaning."""
+
+    rate: int = 2
+    segmentation: Literal["fixed", "step"] = "fixed"
+    top_k: int = 10
+    projection: Literal["input", "head"] = "input"
+    temperature: float = 1.0
+    marker_positions: Literal["stretched", "transparent"] = "transparent"
+    noise_scale: float = 0.0
+    noise_temperature: float = 1.0
+    noise_clip: tuple[float, float] = (-1.5, 3.0)
+    decode_temperature: float = 1.0
+    min_latents: int = 0
+    max_latents: int = 128
+    max_answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        need(self.rate >= 1, "latent.rate", self.rate, "an integer >= 1 (CoT tokens per latent)")
+        need(self.top_k >= 1, "latent.top_k", self.top_k, "an integer >= 1")
+        need(self.temperature > 0, "latent.temperature", self.temperature, "a number > 0")
+        need(self.noise_scale >= 0, "latent.noise_scale", self.noise_scale, "a number >= 0")
+        need(self.noise_temperature > 0, "latent.noise_temperature", self.noise_temperature, "a number > 0")
+        low, high = self.noise_clip
+        need(low < high, "latent.noise_clip", self.noise_clip, "[low, high] with low < high")
+        need(self.decode_temperature > 0, "latent.decode_temperature", self.decode_temperature, "a number > 0")
+        need(self.max_latents >= 1, "latent.max_latents", self.max_latents, "an integer >= 1")
+        need(
+            0 <= self.min_latents <= self.max_latents,
+            "latent.min_latents",
+            self.min_latents,
+            f"0 to max_latents={self.max_latents}",
+        )
+        need(self.max_answer_tokens >= 1, "latent.max_answer_tokens", self.max_answer_tokens, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one stage is trained."""
+
+    enabled: bool = True
+    max_steps: int = 0
+    """Optimizer steps; 0 trains `epochs`."""
+    epochs: float = 1.0
+    batch_size: int = 32
+    """Examples per device and micro-batch."""
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = 0.0
+    """Of the peak learning rate, at the end of a cosine."""
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    normalisation: Literal["token", "segment", "sample"] = "token"
+    """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
+    then over examples (paper); sample: mean over examples of per-example token means."""
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    """stage2 only."""
+    log_every: int = 20
+    eval_every: int = 0
+    """Steps between evaluations on validation (answers decoded) and checkpoints; 0 does so once an epoch."""
+    eval_examples: int = 256
+    stop_at_accuracy: float = 0.0
+    """End the stage once validation accuracy reaches this; 0 never."""
+    save_total_limit: int = 2
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 0
+
+    def check(self, section: str) -> None:
+        """Raise a ConfigError for a value out of range; `section` is where these settings stand, such as `stage2`."""
+        need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
+        need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
+        need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
+        need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
+        need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
+        need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
+        need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        need(0 <= self.stop_at_accuracy <= 1, f"{section}.stop_at_accuracy", self.stop_at_accuracy, "0 to 1")
+        need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
+        need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Config:
+    """Encoder against a frozen decoder, decoder against a frozen encoder, then both (paper section 3; three scripts)."""
+
+    init: Literal["base", "cot"] = "base"
+    """What encoder and decoder start from: the base model, or the `cot` stage's checkpoint."""
+    encoder: TrainConfig = field(default_factory=TrainConfig)
+    decoder: TrainConfig = field(default_factory=TrainConfig)
+    union: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """The store of soft labels."""
+
+    batch_size: int = 64
+    shard_size: int = 1000
+    """Rows a shard; a killed run loses at most the shard it was writing."""
+    dtype: Literal["float16", "float32"] = "float16"
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        need(self.batch_size >= 1, "labels.batch_size", self.batch_size, "an integer >= 1")
+        need(self.shard_size >= 1, "labels.shard_size", self.shard_size, "an integer >= 1")
+        need(self.num_processes >= 1, "labels.num_processes", self.num_processes, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured after training, with greedy decoding unless `sample`."""
+
+    batch_size: int = 64
+    limit: int = 0
+    """Problems per split; 0 evaluates all."""
+    splits: tuple[str, ...] = ("validation", "test")
+    grader: Literal["auto", "numeric", "math", "text"] = "auto"
+    """numeric: equal numbers; math: math-verify; text: equal after normalising space and case; auto: the first that
+    can read the reference."""
+    max_cot_tokens: int = 512
+    """Explicit thinking is ended after this many tokens."""
+    sample: bool = False
+    temperature: float = 0.6
+    top_p: float = 0.95
+    num_samples: int = 1
+    """Samples per problem, for pass@k."""
+    seed: int = 0
+    heatmap_problems: int = 4
+    """Problems whose latents are drawn in the report."""
+
+    def __post_init__(self) -> None:
+        need(self.batch_size >= 1, "eval.batch_size", self.batch_size, "an integer >= 1")
+        need(self.max_cot_tokens >= 1, "eval.max_cot_tokens", self.max_cot_tokens, "an integer >= 1")
+        need(self.num_samples >= 1, "eval.num_samples", self.num_samples, "an integer >= 1")
+        need(self.num_samples == 1 or self.sample, "eval.num_samples", self.num_samples, "1, or eval.sample=true")
+        need(0 < self.top_p <= 1, "eval.top_p", self.top_p, "0 < top_p <= 1")
+        bad = [s for s in self.splits if s not in ("validation", "test")]
+        need(not bad, "eval.splits", bad, "validation and/or test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What the model card of an exported checkpoint says."""
+
+    license: str = "other"
+    """Of the weights, as a licence identifier of the Hub (`apache-2.0`, `llama3.2`); the base model's terms apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How many processes train a stage; 1 runs in this process."""
+
+    nproc: int = 1
+    deepspeed: str = ""
+    """Path of a DeepSpeed JSON; empty uses DDP where nproc > 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    name: str = "experiment"
+    run_dir: str = ""
+    """Empty: runs/<name>."""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    no_cot: TrainConfig = field(default_factory=TrainConfig)
+    cot: TrainConfig = field(default_factory=TrainConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    stage2: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        for stage in STAGES:
+            self.stage(stage).check(SECTIONS[stage])
+        if self.stage1.init == "cot":
+            need(self.cot.enabled, "stage1.init", "cot", "cot.enabled=true, since stage 1 starts from that stage")
+
+    @property
+    def directory(self) -> str:
+        """Run directory: `run_dir`, or `runs/<name>`."""
+        return self.run_dir or f"runs/{self.name}"
+
+    def stage(self, name: str) -> TrainConfig:
+        """Return the training settings of a stage by its command-line name (see STAGES)."""
+        return attrgetter(SECTIONS[name])(self)

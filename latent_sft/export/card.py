@@ -1,0 +1,223 @@
+"""The model card of an exported checkpoint: what it is, how to run it, and what was measured, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_sft import __version__
+from latent_sft.config.schema import Config
+from latent_sft.method.types import LatentSpec
+from latent_sft.runs import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CITATION = """@article{deng2025latentsft,
+  title   = {LLM Latent Reasoning as Chain of Superposition},
+  author  = {Jingcheng Deng and Liang Pang and Zihao Wei and Shicheng Xu and Zenghao Duan and Kun Xu and Yang Song and
+             Huawei Shen and Xueqi Cheng},
+  journal = {arXiv preprint arXiv:2510.15522},
+  year    = {2025}
+}"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CardFacts:
+    """What the checkpoint itself does not say.
+
+    Attributes:
+        name: title.
+        license: Hub identifier of the licence of the weights.
+        base_model: Hub name of the model it was trained from; None for a model trained from scratch.
+        training_data: sentences on the data; empty where it is not known.
+        results: split -> summary of an evaluation (see `evaluation.score`).
+        decoding: how the results were decoded.
+    """
+
+    name: str
+    license: str = "other"
+    base_model: str | None = None
+    training_data: str = ""
+    results: Mapping[str, Mapping[str, Any]] | None = None
+    decoding: str = "greedy"
+
+
+def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path) -> CardFacts:
+    """Collect the facts of an experiment.
+
+    Args:
+        config: the experiment.
+        manifest: of its finished stage 2.
+        evaluations: folder of `<split>.json` files; it may be missing.
+
+    Raises:
+        ArtefactError: a damaged evaluation.
+    """
+    name = config.model.name_or_path
+    local = Path(name).exists()
+    sample = config.eval
+    return CardFacts(
+        name=config.name,
+        license=config.export.license,
+        base_model=name if name and not local else None,
+        training_data=_training_data(config, manifest),
+        results={path.stem: read_json(path)["summary"] for path in sorted(evaluations.glob("*.json"), reverse=True)},
+        decoding=f"sampled, temperature {sample.temperature}, top-p {sample.top_p}" if sample.sample else "greedy",
+    )
+
+
+def model_card(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts) -> str:
+    """Return the README of an exported folder: YAML front matter, then Markdown."""
+    sections = [
+        _front_matter(facts),
+        f"# {facts.name}\n\n{_method(spec, facts)}",
+        f"## How to run\n\n{_usage(prompt_code(spec, _opened(spec, tokenizer)))}",
+        f"## Training data\n\n{facts.training_data or 'Not recorded with this checkpoint.'}",
+        f"## Settings of the latents\n\n{_settings(spec)}",
+        f"## Results\n\n{_results(facts)}",
+        f"## Limitations\n\n{_limitations(spec)}",
+        f"## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nWritten by latent_sft {__version__}.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def prompt_code(spec: LatentSpec, opened: str = "") -> str:
+    """Return Python that makes `inputs` from `tokenizer` and `problem`: the same ids as `data.prompts.render_prompt`.
+
+    Args:
+        spec: holds the template and the instruction.
+        opened: opening delimiter that the chat template writes by itself; it is removed, since `generate` adds it.
+    """
+    before = f"{spec.system_prompt}\n" if spec.system_prompt else ""
+    if spec.prompt_template != "chat":
+        left, _, right = spec.prompt_template.partition("{problem}")
+        parts = [repr(left + before)] * bool(left + before) + ["problem"] + [repr(right)] * bool(right)
+        return f'prompt = {" + ".join(parts)}\ninputs = tokenizer(prompt, return_tensors="pt")'
+    turns = []
+    if spec.system_prompt and spec.system_placement == "system":
+        turns, before = [f'{{"role": "system", "content": {spec.system_prompt!r}}}'], ""
+    content = f"{before!r} + problem" if before else "problem"
+    turns.append(f'{{"role": "user", "content": {content}}}')
+    lines = [f"messages = [{', '.join(turns)}]"]
+    lines.append("prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)")
+    if opened:
+        lines.append(f"prompt = prompt.rstrip().removesuffix({opened!r})")
+    return "\n".join([*lines, 'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")'])
+
+
+def _opened(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the opening delimiter if the chat template ends a prompt with it, else nothing."""
+    if spec.prompt_template != "chat":
+        return ""
+    turns = [{"role": "user", "content": "problem"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    delimiter = tokenizer.decode(spec.think_ids).strip()
+    return delimiter if delimiter and text.rstrip().endswith(delimiter) else ""
+
+
+def _front_matter(facts: CardFacts) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {facts.license}"]
+    if facts.base_model:
+        lines.append(f"base_model: {facts.base_model}")
+    return "\n".join([*lines, "tags:", "  - latent-reasoning", "  - latent-sft", "  - custom_generate", "---"])
+
+
+def _method(spec: LatentSpec, facts: CardFacts) -> str:
+    link = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    chunk = "one reasoning step" if spec.segmentation == "step" else f"{spec.rate} tokens of written reasoning"
+    return (
+        "A reasoner trained with Latent-SFT ([arXiv 2510.15522](https://arxiv.org/abs/2510.15522))"
+        f"{f' from {link}' if facts.base_model else ''}.\n"
+        f"Before it answers it thinks in latent tokens: each is a mix of {spec.top_k} vocabulary entries, stands for "
+        f"{chunk} and is fed back as the next input embedding.\n"
+        "An encoder learned to compress reasoning into such tokens; then this model learned to produce them by itself."
+    )
+
+
+def _usage(make_inputs: str) -> str:
+    return f"""It needs `transformers` and `torch`, nothing else. The decoding code is in `custom_generate/generate.py`;
+read it before you trust it with `trust_remote_code=True`. `folder` is this repository's name or a local copy of it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."
+problem = "..."
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+{make_inputs}
+output = model.generate(**inputs)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
+```
+
+A model that was loaded without `trust_remote_code` names the code in the call, here with the latents as well:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(folder)
+output = model.generate(**inputs, custom_generate=folder, trust_remote_code=True, return_latents=True)
+for ids, weights in zip(output.latent_ids[0], output.latent_weights[0]):
+    print([(tokenizer.decode([i]), round(w, 3)) for i, w in zip(ids[:3].tolist(), weights[:3].tolist())])
+```
+
+Further arguments: `min_latents`, `max_latents`, `noise_scale`, `do_sample`, `temperature`, `top_p`, `max_new_tokens`
+(of the answer). Batches work with padding on either side and their `attention_mask`."""
+
+
+def _settings(spec: LatentSpec) -> str:
+    values = spec.to_dict()
+    shown = [
+        ("CoT per latent", "one step" if spec.segmentation == "step" else f"{spec.rate} tokens"),
+        ("vocabulary entries per latent", spec.top_k),
+        ("table of the latents", {"input": "input embeddings", "head": "LM head"}[spec.projection]),
+        ("temperature of the labels", spec.temperature),
+        ("temperature while thinking", spec.decode_temperature),
+        ("noise in training (scale, temperature)", f"{spec.noise_scale}, {spec.noise_temperature}"),
+        ("latents (least, most)", f"{spec.min_latents}, {spec.max_latents}"),
+        ("answer tokens (most)", spec.max_answer_tokens),
+        ("ids of `<think>` and `</think>`", f"{values['think_ids']}, {values['end_think_ids']}"),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown)
+    return f"| setting | value |\n|---|---|\n{rows}\n\nAll of them are in `latent_spec.json`."
+
+
+def _results(facts: CardFacts) -> str:
+    if not facts.results:
+        return "No evaluation was recorded with this checkpoint."
+    rows = []
+    for split, result in facts.results.items():
+        error = result.get("accuracy_se")
+        accuracy = f"{100 * result['accuracy']:.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
+        steps, n = f"{result['reasoning_steps_mean']:.1f}", result["num_examples"]
+        rows.append(f"| {split} | {accuracy} | {n} | {steps} | {result.get('grader', '')} |")
+    return (
+        "| split | accuracy ± s.e. | problems | latent steps (mean) | grader |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\n\nDecoding: {facts.decoding}. The validation split was used to choose the checkpoint."
+    )
+
+
+def _limitations(spec: LatentSpec) -> str:
+    return (
+        "- The latents are not an explanation: their top tokens are a view of what is fed back, no written argument.\n"
+        "- Trained on problems like those named above; nothing is claimed about others.\n"
+        f"- Thinking ends after {spec.max_latents} latents and answers after {spec.max_answer_tokens} tokens.\n"
+        "- Beam search, several sequences per prompt and other servers than `transformers` are not supported by the "
+        "enclosed code."
+    )
+
+
+def _training_data(config: Config, manifest: Mapping[str, Any]) -> str:
+    data, synthetic = config.data, config.data.synthetic
+    if data.train == "synthetic":
+        kind = f"Generated by latent_sft: task `{synthetic.task}`, generator seed {synthetic.seed}"
+    elif data.train.startswith("hub:"):
+        kind = f"`{data.train.removeprefix('hub:')}` (dataset:split on the Hub), read as `{data.format}`"
+    else:
+        kind = f"File `{Path(data.train).name}`, read as `{data.format}`"
+    count = manifest.get("inputs", {}).get("data", {}).get("num_train")
+    problems = f"; {count:,} training problems with their chains of thought" if count else ""
+    return f"{kind}{problems}. Seed {config.seed}."

@@ -1,0 +1,87 @@
+"""Who may attend to whom, as boolean masks `[B, 1, T, T]`, True = may attend. The dense form is the definition.
+
+Derived from `kind` and `branch` of the layout, never from token values, so `pad == eos` is harmless. Order in the
+sequence is time: a position attends only to itself and to earlier positions. Every row attends at least to itself, so no
+softmax row is empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_sft.method.layout import Kind
+
+
+def induction_mask(kind: Tensor) -> Tensor:
+    """Encoder mask (LTIM, reference section 1.3): everybody sees earlier *text*; nobody sees an earlier marker.
+
+    For `a b m c m` (m = marker):
+
+            a b m c m
+        a   x
+        b   x x
+        m   x x x
+        c   x x . x
+        m   x x . x x
+
+    Args:
+        kind: `[B, T]` values of `Kind`.
+
+    Returns:
+        `[B, 1, T, T]` bool.
+    """
+    keys_are_text = (kind == Kind.TEXT)[:, None, :]
+    queries_are_real = (kind != Kind.PAD)[:, :, None]
+    return _with_diagonal(_earlier(kind) & keys_are_text & queries_are_real)
+
+
+def supervision_mask(kind: Tensor, branch: Tensor) -> Tensor:
+    """Stage-1 decoder mask (LTSuM, reference section 1.4).
+
+    Prompt, latents, `</think>` and answer see each other causally (the main track). A chunk token sees its latent and
+    the earlier tokens of its own chunk, nothing else. For `p Z1 c Z2 / A` (c = S_2, / = `</think>`):
+
+             p Z1 c Z2 / A
+        p    x
+        Z1   x x
+        c    . x  x
+        Z2   x x  . x
+        /    x x  . x  x
+        A    x x  . x  x x
+
+    Args:
+        kind: `[B, T]` values of `Kind`.
+        branch: `[B, T]` branch index, -1 outside branches.
+
+    Returns:
+        `[B, 1, T, T]` bool.
+    """
+    main = (kind == Kind.TEXT) | (kind == Kind.LATENT) | (kind == Kind.TAIL)
+    chunk = kind == Kind.CHUNK
+    same_branch = branch[:, :, None] == branch[:, None, :]
+    in_branch = chunk | (kind == Kind.LATENT)
+    main_sees = main[:, :, None] & main[:, None, :]
+    chunk_sees = chunk[:, :, None] & in_branch[:, None, :] & same_branch
+    return _with_diagonal(_earlier(kind) & (main_sees | chunk_sees))
+
+
+def causal_mask(kind: Tensor) -> Tensor:
+    """Plain causal mask without padding (stage 2 and explicit sequences), `[B, 1, T, T]` bool."""
+    real = kind != Kind.PAD
+    return _with_diagonal(_earlier(kind) & real[:, :, None] & real[:, None, :])
+
+
+def to_additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where `keep`, else the finite minimum of `dtype`: what transformers' sdpa and eager attention take."""
+    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, torch.finfo(dtype).min)
+
+
+def _earlier(kind: Tensor) -> Tensor:
+    length = kind.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=kind.device).tril(-1)[None]
+
+
+def _with_diagonal(keep: Tensor) -> Tensor:
+    eye = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
+    return (keep | eye)[:, None]

@@ -1,0 +1,109 @@
+"""From hidden states or logits to superpositions, from superpositions to embeddings, and the one noise function.
+
+Used by the encoder (stage 1), the labels, stage 2 and decoding alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_sft.method.types import Superposition
+
+# Independent draws tried per position before the clean weights are taken; a position that fails all of them has a
+# failure chance p with p**8 small, or its clean top-1 is the end token already.
+NOISE_DRAWS = 8
+
+
+def superpose(logits: Tensor, top_k: int, temperature: float = 1.0) -> Superposition:
+    """Keep the `top_k` largest logits and weight them by their softmax (reference section 1.2).
+
+        K = top-k(o),  alpha = softmax(o[K] / temperature)
+
+    Gradient flows through the kept logits. The softmax runs in float32 (float64 stays float64).
+
+    Args:
+        logits: `[..., V]`.
+        top_k: number of kept entries, 1..V.
+        temperature: > 0; large values flatten the weights.
+
+    Returns:
+        Superposition of ids `[..., K]` (largest first) and weights `[..., K]`.
+    """
+    kept, ids = logits.topk(top_k, dim=-1)
+    precise = kept.dtype if kept.dtype == torch.float64 else torch.float32
+    return Superposition(ids, torch.softmax(kept.to(precise) / temperature, dim=-1))
+
+
+def mix(latent: Superposition, table: Tensor) -> Tensor:
+    """Return the embedding of a superposition, `sum_v alpha[v] W[v]` (reference section 1.2).
+
+    Args:
+        latent: ids and weights `[..., K]`.
+        table: `[V, D]` input embeddings; pass it detached where it must not be trained through latents.
+
+    Returns:
+        `[..., D]` in the dtype of `table`.
+    """
+    return combine(torch.nn.functional.embedding(latent.ids, table), latent.weights)
+
+
+def combine(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of already looked-up embeddings: `[..., K, D]`, `[..., K]` -> `[..., D]`.
+
+    For models whose embedding module does more than a lookup (Gemma scales), look up with the module itself.
+    """
+    return torch.einsum("...kd,...k->...d", embeddings, weights.to(embeddings.dtype))
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw standard Gumbel noise, float32, from `generator` (None: the global one)."""
+    uniform = torch.rand(shape, generator=generator, device=device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.log(-torch.log(uniform.clamp(tiny, 1.0 - 2.0**-24)))
+
+
+def perturb(
+    latent: Superposition,
+    draws: Tensor,
+    *,
+    scale: float,
+    temperature: float,
+    clip: tuple[float, float],
+    end_id: int,
+) -> Superposition:
+    """Perturb weights with Gumbel noise; ids never change and noise never makes `end_id` the top-1 (section 1.8).
+
+        g~ = clamp(scale * g, clip),   a~ = softmax((log(a + 1e-10) + g~) / temperature)
+
+    The guard: of the given independent draws, a position takes the first one whose top-1 is not `end_id`, or its clean
+    weights where there is none. The published code redraws the whole sequence instead; since positions are independent,
+    the two have the same distribution.
+
+    Args:
+        latent: clean superposition, `[..., K]`.
+        draws: `[R, ..., K]` Gumbel noise, R draws to choose from (see `gumbel`, NOISE_DRAWS).
+        scale: noise multiplier; 0 returns the input unchanged.
+        temperature: of the softmax.
+        clip: range of the scaled noise.
+        end_id: first token of `</think>`.
+
+    Returns:
+        Superposition with the same ids.
+    """
+    if scale == 0:
+        return latent
+    ids, weights = latent
+    noise = (scale * draws).clamp(*clip).to(weights.dtype)
+    tries = torch.softmax((torch.log(weights + 1e-10) + noise) / temperature, dim=-1)  # [R, ..., K]
+    top = tries.argmax(-1, keepdim=True)  # [R, ..., 1]
+    refused = ids.expand(tries.shape).gather(-1, top).squeeze(-1) == end_id  # [R, ...]
+    accepted = ~refused
+    first = accepted.int().argmax(0)  # index of the first accepted draw; 0 where there is none
+    chosen = tries.gather(0, first[None, ..., None].expand(1, *weights.shape)).squeeze(0)
+    return Superposition(ids, torch.where(accepted.any(0)[..., None], chosen, weights))
+
+
+def entropy(latent: Superposition) -> Tensor:
+    """Return the entropy of the weights in nats, `[...]`; 0 for a single token, log K for uniform weights."""
+    return torch.special.entr(latent.weights).sum(-1)

@@ -1,0 +1,152 @@
+"""The two types everything shares: `Superposition` (the currency) and `LatentSpec` (the settings that travel)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from latent_sft.errors import ConfigError
+
+SPEC_FORMAT = 1
+SPEC_FILE = "latent_spec.json"
+
+
+class Superposition(NamedTuple):
+    """A latent token: a weighted set of vocabulary entries (paper: alpha_i over the kept set K_i).
+
+    Full vocabulary is the case K = V; an ordinary token is K = 1 with weight 1.
+
+    Attributes:
+        ids: `[..., K]` integer token ids.
+        weights: `[..., K]` floating point, non-negative, summing to 1 over the last dimension.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+class LossSum(NamedTuple):
+    """A loss as a sum and what to divide it by; nobody divides before the trainer does.
+
+    Attributes:
+        total: scalar, the weighted sum of per-position losses in nats.
+        count: scalar, the denominator (tokens, segments or examples, as the normalisation says).
+    """
+
+    total: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpec:
+    """What a latent token is and how thinking starts and stops, in one place.
+
+    Shared by data, training, labels, decoding, evaluation and export, and saved as `latent_spec.json` beside the
+    weights. Two artefacts with different `fingerprint()` do not fit together.
+
+    Attributes:
+        think_ids: tokens of the opening delimiter (`<think>`), the last tokens of every prompt (paper: B).
+        end_think_ids: tokens of the closing delimiter (`</think>`), one or several (paper: E).
+        eos_id: token that ends the answer.
+        pad_id: token used for padding; never recognised by value.
+        vocab_size: rows of the embedding table.
+        rate: CoT tokens per latent (paper: r); with `segmentation="step"` it is not used.
+        segmentation: `fixed` (every `rate` tokens, as the paper) or `step` (one latent per CoT step).
+        top_k: kept vocabulary entries of a latent (published code: 10; paper: the full vocabulary).
+        projection: table that turns hidden states into logits over the vocabulary: `input` (published code) or
+            `head` (paper). The same for tied models.
+        temperature: of the superposition softmax in the encoder (published: 1).
+        marker_positions: `stretched` (published: plain 0..T-1 over text and markers) or `transparent` (a marker
+            takes the position of the CoT token before it, so the text keeps its own positions).
+        noise_scale: Gumbel noise multiplier; 0 turns noise off (published: 1).
+        noise_temperature: softmax temperature after the noise (published: 1).
+        noise_clip: the scaled noise is clamped to this range (published: -1.5, 3.0).
+        decode_temperature: of the softmax over the student's top-k logits while thinking (published: 1).
+        min_latents: thinking does not stop before this many latents.
+        max_latents: thinking is ended after this many latents.
+        max_answer_tokens: the answer is cut after this many tokens.
+        prompt_template: `chat` (the tokenizer's chat template) or a text with `{problem}`.
+        system_prompt: instruction text, empty for none.
+        system_placement: `system` (a turn of its own) or `user` (in front of the problem).
+    """
+
+    think_ids: tuple[int, ...]
+    end_think_ids: tuple[int, ...]
+    eos_id: int
+    pad_id: int
+    vocab_size: int
+    rate: int = 2
+    segmentation: str = "fixed"
+    top_k: int = 10
+    projection: str = "input"
+    temperature: float = 1.0
+    marker_positions: str = "transparent"
+    noise_scale: float = 0.0
+    noise_temperature: float = 1.0
+    noise_clip: tuple[float, float] = (-1.5, 3.0)
+    decode_temperature: float = 1.0
+    min_latents: int = 0
+    max_latents: int = 128
+    max_answer_tokens: int = 64
+    prompt_template: str = "{problem}\n"
+    system_prompt: str = ""
+    system_placement: str = "user"
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, key: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"latent.{key}: got {getattr(self, key)!r}, expected {expected}.")
+
+        need(len(self.think_ids) > 0, "think_ids", "at least one token")
+        need(len(self.end_think_ids) > 0, "end_think_ids", "at least one token")
+        need(self.rate >= 1, "rate", "an integer >= 1 (CoT tokens per latent)")
+        need(self.segmentation in ("fixed", "step"), "segmentation", "'fixed' or 'step'")
+        need(
+            1 <= self.top_k <= self.vocab_size,
+            "top_k",
+            f"1 to {self.vocab_size}, the vocabulary of this model (a latent keeps top_k of its entries)",
+        )
+        need(self.projection in ("input", "head"), "projection", "'input' or 'head'")
+        need(self.temperature > 0, "temperature", "a number > 0")
+        need(self.decode_temperature > 0, "decode_temperature", "a number > 0")
+        need(self.noise_temperature > 0, "noise_temperature", "a number > 0")
+        need(self.noise_scale >= 0, "noise_scale", "a number >= 0")
+        need(self.noise_clip[0] < self.noise_clip[1], "noise_clip", "[low, high] with low < high")
+        need(self.marker_positions in ("stretched", "transparent"), "marker_positions", "'stretched' or 'transparent'")
+        need(0 <= self.min_latents <= self.max_latents, "min_latents", f"0 to max_latents={self.max_latents}")
+        need(self.max_answer_tokens >= 1, "max_answer_tokens", "an integer >= 1")
+        need(self.system_placement in ("system", "user"), "system_placement", "'system' or 'user'")
+        if self.prompt_template != "chat":
+            need(self.prompt_template.count("{problem}") == 1, "prompt_template", "'chat' or a text with one {problem}")
+        for name in ("think_ids", "end_think_ids"):
+            need(all(0 <= t < self.vocab_size for t in getattr(self, name)), name, f"ids below {self.vocab_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary that `from_dict` reads back."""
+        return {"format": SPEC_FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentSpec:
+        """Build a spec from `to_dict` output (lists become tuples).
+
+        Raises:
+            ConfigError: unknown format or fields.
+        """
+        values = dict(values)
+        found = values.pop("format", None)
+        if found != SPEC_FORMAT:
+            raise ConfigError(f"{SPEC_FILE}: format {found!r}, expected {SPEC_FORMAT}; use a matching latent_sft version.")
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ConfigError(f"{SPEC_FILE}: unknown fields {sorted(unknown)}; made by a newer latent_sft version?")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change when any value changes."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

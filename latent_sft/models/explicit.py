@@ -1,0 +1,22 @@
+"""Explicit CoT fine-tuning and No-CoT: the baselines, trained through the same path."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from latent_sft.method.losses import weighted_cross_entropy
+from latent_sft.models.backbone import embed, head, hidden_states
+
+
+class ExplicitModel(nn.Module):
+    """A causal LM with cross-entropy on CoT, `</think>` and answer; see `latent_sft.data.collate.explicit_batch`."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Return `ce_total`, the weighted sum over labelled positions."""
+        hidden = hidden_states(self.lm, embed(self.lm, batch["ids"]), None, None).flatten(0, 1)
+        logits = head(self.lm)(hidden[batch["target_index"]])
+        return {"ce_total": weighted_cross_entropy(logits, batch["targets"], batch["target_weights"])}

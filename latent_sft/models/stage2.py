@@ -1,0 +1,51 @@
+"""Stage 2: the LLM learns to produce the stored latents by itself, and then the answer (reference section 1.8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from latent_sft.method.layout import Kind
+from latent_sft.method.losses import weighted_cross_entropy, weighted_sparse_kl
+from latent_sft.method.superposition import NOISE_DRAWS, gumbel, perturb
+from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.models.backbone import embed, head, hidden_states, mix_latents
+
+
+class Stage2Model(nn.Module):
+    """A causal LM with the stage-2 objective; the noisy labels are both KL target and input mixture."""
+
+    def __init__(self, lm: nn.Module, spec: LatentSpec) -> None:
+        super().__init__()
+        self.lm = lm
+        self.spec = spec
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Return `ce_total` and `kl_total`, weighted sums; see `latent_sft.data.collate.stage2_batch`."""
+        latent = self.noisy(Superposition(batch["latent_ids"], batch["latent_weights"]))
+        embeds = embed(self.lm, batch["ids"])
+        slot = batch["branch"].clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
+        placed = mix_latents(self.lm, latent).to(embeds.dtype).gather(1, slot)
+        embeds = torch.where((batch["kind"] == Kind.LATENT)[..., None], placed, embeds)
+        hidden = hidden_states(self.lm, embeds, None, None).flatten(0, 1)
+        to_logits = head(self.lm)
+        ce = weighted_cross_entropy(
+            to_logits(hidden[batch["target_index"]]), batch["targets"], batch["target_weights"]
+        )
+        teacher = Superposition(*(part.flatten(0, 1)[batch["kl_latent"]] for part in latent))
+        kl = weighted_sparse_kl(to_logits(hidden[batch["kl_index"]]), teacher, batch["kl_weights"])
+        return {"ce_total": ce, "kl_total": kl}
+
+    def noisy(self, latent: Superposition) -> Superposition:
+        """Return the labels with fresh Gumbel noise while training, as they are otherwise."""
+        spec = self.spec
+        if not self.training or spec.noise_scale == 0:
+            return latent
+        return perturb(
+            latent,
+            gumbel((NOISE_DRAWS, *latent.weights.shape), None, latent.weights.device),
+            scale=spec.noise_scale,
+            temperature=spec.noise_temperature,
+            clip=spec.noise_clip,
+            end_id=spec.end_think_ids[0],
+        )

@@ -1,0 +1,113 @@
+"""The whole experiment in one command: every enabled step in order, finished ones skipped, a summary at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from latent_sft.config.load import to_yaml
+from latent_sft.config.schema import Config
+from latent_sft.errors import TrainingError
+from latent_sft.evaluation.report import write_report
+from latent_sft.evaluation.run import evaluate, evaluated_models
+from latent_sft.export.checkpoint import export_run
+from latent_sft.inference.label import make_labels
+from latent_sft.launcher import build_command, start
+from latent_sft.plan import steps
+from latent_sft.runs import read_json, write_atomically, write_json
+from latent_sft.train.run import train_stage
+from latent_sft.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(config: Config) -> dict[str, Any]:
+    """Run every enabled step of an experiment and write `<run>/summary.json`.
+
+    Returns:
+        The summary: for each evaluated model `accuracy`, `num_examples`, `reasoning_steps_mean` (on test, or on
+        validation where there is no test set) and `train_seconds`; `total_seconds` over all commands of this run.
+    """
+    directory = Path(config.directory)
+    began, before = time.monotonic(), _seconds_so_far(directory)
+    work = Workspace(config)
+    names = steps(config)
+    for number, name in enumerate(names, 1):
+        log.info("[%d/%d] %s", number, len(names), name)
+        if name == "label":
+            make_labels(config, work)
+        elif name == "eval":
+            evaluate(config, work=work)
+        elif name == "report":
+            report = write_report(directory, title=config.name)
+        elif name == "export":
+            export_run(config, directory / "export")
+        else:
+            _train(config, name, work)
+        _save_seconds(directory, before + time.monotonic() - began)
+    summary = _summary(config, work, before + time.monotonic() - began)
+    write_json(directory / "summary.json", summary)
+    _show(summary, report)
+    return summary
+
+
+def _train(config: Config, name: str, work: Workspace) -> None:
+    if config.launch.nproc == 1 or work.step(name).is_finished():
+        train_stage(config, name, work)
+        return
+    path = work.directory / "config.yaml"
+    write_atomically(path, to_yaml(config))
+    status = start(build_command(name, path, [], config.launch))
+    if status != 0:
+        raise TrainingError(f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above.")
+
+
+def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
+    split = "test" if "test" in config.eval.splits and len(work.data["test"]) else "validation"
+    summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
+    for name, stages in evaluated_models(work).items():
+        result = read_json(work.directory / "eval" / name / f"{split}.json")["summary"]
+        trained = [stage.results() for stage in stages]
+        summary[name] = {
+            "accuracy": result["accuracy"],
+            "accuracy_se": result["accuracy_se"],
+            "num_examples": result["num_examples"],
+            "reasoning_steps_mean": result["reasoning_steps_mean"],
+            "seconds_per_problem": result["seconds_per_problem"],
+            "train_seconds": round(sum(t["train_seconds"] for t in trained), 1),
+            "examples_seen": sum(t["examples_seen"] for t in trained),
+        }
+    return {**summary, "total_seconds": round(seconds, 1)}
+
+
+def _show(summary: dict[str, Any], report: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['name']}, seed {summary['seed']}, {summary['split']} split")
+    for column in ("model", "accuracy", "problems", "reasoning steps", "training", "examples seen"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, row in summary.items():
+        if isinstance(row, dict):
+            table.add_row(
+                name,
+                f"{row['accuracy']:.1%} ± {row['accuracy_se'] or 0:.1%}",
+                str(row["num_examples"]),
+                f"{row['reasoning_steps_mean']:.1f}",
+                f"{row['train_seconds']:.0f} s",
+                f"{row['examples_seen']:,}",
+            )
+    console = Console()
+    console.print(table)
+    console.print(f"total {summary['total_seconds'] / 60:.1f} min; report: {report}", soft_wrap=True)
+
+
+def _seconds_so_far(directory: Path) -> float:
+    path = directory / "seconds.json"
+    return float(read_json(path)["total_seconds"]) if path.exists() else 0.0
+
+
+def _save_seconds(directory: Path, seconds: float) -> None:
+    write_json(directory / "seconds.json", {"total_seconds": round(seconds, 1)})

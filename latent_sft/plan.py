@@ -1,0 +1,74 @@
+"""Show an experiment as the shell commands it consists of, in order, with what is already finished."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_sft.config.schema import STAGES, Config
+from latent_sft.runs import FINISHED, Step
+
+MEANINGS = {
+    "no-cot": "baseline that answers without reasoning",
+    "cot": "baseline that writes its reasoning; a starting point for stage 1 where stage1.init=cot",
+    "stage1-encoder": "encoder learns to compress CoT chunks into latents, decoder frozen",
+    "stage1-decoder": "decoder learns to read the latents, encoder frozen",
+    "stage1-union": "encoder and decoder together",
+    "label": "the encoder's latents of every training problem, stored",
+    "stage2": "the model learns to produce the latents by itself, then the answer",
+    "eval": "accuracy and reasoning length of every trained model",
+    "report": "tables and plots of the whole experiment",
+    "export": "a plain Hugging Face folder of the trained model",
+}
+
+
+def steps(config: Config) -> list[str]:
+    """Return the names of the steps this experiment runs, in order; a disabled stage is left out."""
+    enabled = [stage for stage in STAGES if config.stage(stage).enabled]
+    if "stage2" in enabled:
+        enabled.insert(enabled.index("stage2"), "label")
+    return [*enabled, "eval", "report", *(["export"] if "stage2" in enabled else [])]
+
+
+def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return a shell script: one comment and one command a step; what is finished is skipped when it is run.
+
+    A step counts as finished here when its manifest says so; whether it still fits the settings is checked by the
+    step itself.
+
+    Args:
+        config: the resolved experiment.
+        config_path: the file the commands name.
+        overrides: `key=value` settings every command repeats.
+    """
+    chosen = steps(config)
+    lines = [f"# {config.name}: {len(chosen)} steps in {config.directory}, run one by one or with `| bash -e`"]
+    skipped = [stage for stage in STAGES if stage not in chosen]
+    if skipped:
+        lines.append(f"# disabled: {', '.join(skipped)}")
+    for number, name in enumerate(chosen, start=1):
+        lines += ["", f"# {number}. {name}: {MEANINGS[name]} [{_status(config, name)}]"]
+        if name in STAGES and config.launch.nproc > 1:
+            lines.append(f"# starts {config.launch.nproc} processes with torchrun (launch.nproc)")
+        verb = ["train", name] if name in STAGES else [name]
+        lines.append(shlex.join(["latent-sft", *verb, str(config_path), *overrides]))
+    return "\n".join(lines) + "\n"
+
+
+def _status(config: Config, name: str) -> str:
+    run = Path(config.directory)
+    if name in ("report", "export"):  # folders without a manifest, made in one go
+        return "finished" if any((run / name).glob("*")) else "to do"
+    folders = {"label": [run / "labels"], "eval": _evaluations(config)}.get(name, [run / name])
+    manifests = [Step(directory=folder, inputs={}).manifest() for folder in folders]
+    if all(found is not None and found["status"] == FINISHED for found in manifests):
+        return "finished"
+    return "begun, not finished" if any(manifests) else "to do"
+
+
+def _evaluations(config: Config) -> list[Path]:
+    models = {"stage1" if s.startswith("stage1") else s for s in STAGES if config.stage(s).enabled}
+    models = {"latent-sft" if model == "stage2" else model for model in models}
+    splits = [split for split in config.eval.splits if split != "test" or config.data.test]
+    return [Path(config.directory) / "eval" / model / split for model in sorted(models) for split in splits]

@@ -1,0 +1,203 @@
+"""Run directories: what is in them, what is finished, and whether two artefacts fit together.
+
+    <run>/config.yaml                 the resolved configuration
+    <run>/data/  labels/  eval/  report/  export/
+    <run>/<stage>/manifest.json       status, fingerprint, inputs, versions, git revision, seed, metrics, seconds
+    <run>/<stage>/{tensorboard,checkpoint-*,final}
+
+A step (a stage, the labels, an evaluation) is finished when its manifest says so and its fingerprint is the one the
+configuration asks for now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from latent_sft.errors import ArtefactError
+
+MANIFEST = "manifest.json"
+RUNNING, FINISHED = "running", "finished"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits of the canonical JSON of `parts` (dataclasses become dictionaries)."""
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old or the new content, never a part; a full disk keeps the old.
+
+    Raises:
+        ArtefactError: the file could not be written (full disk, no permission).
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        why = error.strerror or error
+        raise ArtefactError(f"{path}: could not be written ({why}); the previous file is untouched.") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically, indented, keys in the order given."""
+    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtefactError: missing or damaged file.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path}: damaged JSON ({error}); delete it to make it again.") from error
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and the git revision, as recorded in every manifest and printed by `latent-sft env`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str] = {"python": sys.version.split()[0]}
+    for name in ("latent_sft", "torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "omegaconf"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"versions": versions, "git": _git_revision()}
+
+
+def _git_revision() -> dict[str, Any]:
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        return {"revision": revision or "unknown", "dirty": bool(revision and git("status", "--porcelain", "--", str(here)))}
+    except (OSError, subprocess.TimeoutExpired):
+        return {"revision": "unknown", "dirty": False}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One resumable step of a run: its folder and what it was made from.
+
+    Attributes:
+        directory: folder of the step.
+        inputs: everything that decides its result (settings, fingerprints of earlier artefacts), JSON-able.
+    """
+
+    directory: Path
+    inputs: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the inputs."""
+        return fingerprint(self.inputs)
+
+    @property
+    def final(self) -> Path:
+        """Folder of what the step made."""
+        return self.directory / "final"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Return the manifest, or None where the step never began.
+
+        Raises:
+            ArtefactError: it is damaged.
+        """
+        path = self.directory / MANIFEST
+        if not path.exists():
+            return None
+        found = read_json(path)
+        if not isinstance(found, dict) or not found.keys() >= {"status", "fingerprint", "inputs"}:
+            raise ArtefactError(f"{path}: not the manifest of a step; delete {self.directory} to make that step again.")
+        return found
+
+    def is_finished(self) -> bool:
+        """Return whether the step is done with exactly these inputs.
+
+        Raises:
+            ArtefactError: the folder holds the same step made from other inputs; the message names them.
+        """
+        found = self.manifest()
+        if found is None:
+            return False
+        if found["fingerprint"] != self.fingerprint:
+            changed = _differences(found["inputs"], json.loads(json.dumps(self.inputs, default=str)))
+            raise ArtefactError(
+                f"{self.directory}: made by another experiment ({'; '.join(changed[:4]) or 'inputs differ'}). "
+                "Nothing was overwritten. Use another run_dir, restore the settings, or delete that folder."
+            )
+        return found["status"] == FINISHED
+
+    def begin(self, seed: int) -> None:
+        """Record that the step is running; call after `is_finished` returned False."""
+        started = {"status": RUNNING, "fingerprint": self.fingerprint, "inputs": self.inputs, "seed": seed}
+        found = self.manifest() or {}
+        started["seconds_before"] = found.get("seconds_before", 0.0) + found.get("seconds_here", 0.0)
+        write_json(self.directory / MANIFEST, {**started, **environment(), "started": _now()})
+
+    def finish(self, **results: Any) -> None:
+        """Record that the step is finished, with its results."""
+        found = self.manifest() or {}
+        write_json(self.directory / MANIFEST, {**found, "status": FINISHED, "ended": _now(), **results})
+
+    def results(self) -> dict[str, Any]:
+        """Return the manifest of a finished step.
+
+        Raises:
+            ArtefactError: the step is not finished.
+        """
+        found = self.manifest()
+        if found is None or found["status"] != FINISHED:
+            raise ArtefactError(f"{self.directory}: not finished yet; run that step first (`latent-sft plan CONFIG` lists them).")
+        return found
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        out: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            out += _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        return out
+    return [] if old == new else [f"{prefix[:-1]} was {old!r}, now {new!r}"]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,188 @@
+"""Train one stage: read this first.
+
+    workspace -> stage (a row of stages.py) -> LatentTrainer (trainer.py) -> <run>/<stage>/final
+
+A stage that is finished is skipped; one that was interrupted goes on from its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from latent_sft.config.schema import TrainConfig
+from latent_sft.config.schema import Config
+from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.inference.solve import as_rows
+from latent_sft.models.backbone import core
+from latent_sft.runs import Step
+from latent_sft.train.stages import STAGES, validation_metrics
+from latent_sft.train.trainer import LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+def train_stage(config: Config, name: str, work: Workspace | None = None) -> Step:
+    """Train a stage of an experiment, or return at once where it is finished.
+
+    Args:
+        config: the experiment.
+        name: a stage of `latent_sft.config.schema.STAGES`.
+        work: the opened experiment, where the caller has it.
+
+    Returns:
+        The finished step; its `final` folder holds the model.
+
+    Raises:
+        ArtefactError: an earlier stage is missing, or the folder belongs to another experiment.
+        TrainingError: training cannot go on.
+    """
+    work = work or Workspace(config)
+    step, train, stage = work.step(name), config.stage(name), STAGES[name]
+    if step.is_finished():
+        log.info("%s: finished already, skipped (%s)", name, step.directory)
+        return step
+    source = work.source_of(name)
+    if source is not None:
+        source.results()
+        log.info("%s: starts from %s", name, source.final)
+    checkpoint = last_checkpoint(step.directory)
+    set_seed(config.seed)
+    model = stage.build(work)
+    if train.gradient_checkpointing:
+        _checkpoint_activations(model)
+    rows = as_rows(work.data["validation"], train.eval_examples)
+    if stage.thinker == "gold":
+        rows = [r for r in rows if r["cot"]]
+    if len(work.data["train"]) == 0 or not rows:
+        raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
+    step.begin(config.seed)
+    metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
+    callbacks: list[TrainerCallback] = [metrics]
+    if train.stop_at_accuracy:
+        callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
+    trainer = LatentTrainer(
+        model=model,
+        args=_arguments(train, step.directory, config.seed, len(work.data["train"])),
+        train_dataset=work.data["train"],
+        eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
+        data_collator=stage.collate(work, train),
+        callbacks=callbacks,
+        ce_weight=train.ce_weight,
+        kl_weight=train.kl_weight,
+        end_id=work.spec.end_think_ids[0],
+        evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(StageProgress(name))
+    if checkpoint:
+        log.info("%s: goes on from %s", name, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        _finish(trainer, stage.save, model, work, step, metrics.elapsed())
+    trainer.accelerator.wait_for_everyone()
+    return step
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete `checkpoint-*` of a stage, or None; half-written ones are set aside.
+
+    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one is not complete.
+    """
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
+        try:
+            json.loads((Path(newest) / "trainer_state.json").read_text())
+            return newest
+        except (OSError, json.JSONDecodeError):
+            log.warning("%s is incomplete and is not used.", newest)
+            shutil.rmtree(newest)
+    return None
+
+
+def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> TrainingArguments:
+    by_steps = train.eval_every > 0
+    schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
+    if train.schedule == "cosine" and train.min_lr_ratio > 0:
+        schedule = {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": train.min_lr_ratio},
+        }
+    if train.schedule == "constant":
+        schedule = {"lr_scheduler_type": "constant_with_warmup"}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=train.max_steps or -1,
+        num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_ratio,  # a number below 1 is a share of the steps
+        weight_decay=train.weight_decay,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # LatentTrainer.log stops on a non-finite loss; hiding it would go on
+        eval_strategy="steps" if by_steps else "epoch",
+        save_strategy="steps" if by_steps else "epoch",
+        eval_steps=train.eval_every or None,
+        save_steps=train.eval_every or 500,
+        save_total_limit=train.save_total_limit,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        bf16=train.mixed_precision == "bf16",
+        fp16=train.mixed_precision == "fp16",
+        dataloader_num_workers=train.num_workers,
+        remove_unused_columns=False,
+        report_to="none",  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        **schedule,
+    )
+
+
+def _finish(trainer: LatentTrainer, save: Any, model: Any, work: Workspace, step: Step, seconds: float) -> None:
+    state = trainer.state
+    args = trainer.args
+    save(trainer.accelerator.unwrap_model(trainer.model), work, step.final)
+    step.finish(
+        train_seconds=round(seconds, 1),
+        steps=state.global_step,
+        examples_seen=state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        validation_accuracy=state.best_metric,
+        best_step=state.best_global_step,
+    )
+    for checkpoint in step.directory.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the best one is in final/ now
+    best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
+    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)
+
+
+def _checkpoint_activations(model: torch.nn.Module) -> None:
+    for name in ("lm", "encoder", "decoder"):
+        if hasattr(model, name):
+            lm = core(getattr(model, name))
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _seconds_before(checkpoint: str | None) -> float:
+    if checkpoint is None:
+        return 0.0
+    try:
+        return float(json.loads((Path(checkpoint) / "seconds.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{checkpoint}/seconds.json: unreadable ({error}); delete that checkpoint.") from error

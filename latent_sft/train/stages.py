@@ -1,0 +1,204 @@
+"""The table of training stages: how each builds its model, its batches, its validation metrics and its final folder.
+
+Read `train/run.py` first; a row here is everything in which one stage differs from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latent_sft.config.schema import TrainConfig
+from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
+from latent_sft.data.labels import LabelStore
+from latent_sft.errors import ArtefactError
+from latent_sft.evaluation.answers import is_correct
+from latent_sft.inference.solve import solve
+from latent_sft.method.superposition import entropy
+from latent_sft.method.types import Superposition
+from latent_sft.models.explicit import ExplicitModel
+from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm
+from latent_sft.models.stage1 import Stage1Model
+from latent_sft.models.stage2 import Stage2Model
+from latent_sft.workspace import Workspace
+
+Collate = Callable[[list[dict[str, Any]]], Batch]
+MARKER_FILE = "marker.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        thinker: how validation problems are solved (see `inference.solve`).
+        build: workspace -> module whose forward returns loss sums, ready to train.
+        collate: workspace, settings -> rows to batch.
+        lm: module -> what `solve` takes.
+        save: writes the final folder(s).
+    """
+
+    thinker: str
+    build: Callable[[Workspace], nn.Module]
+    collate: Callable[[Workspace, TrainConfig], Collate]
+    lm: Callable[[Any], nn.Module]
+    save: Callable[[Any, Workspace, Path], None]
+
+
+def _trainable(lm: nn.Module, work: Workspace) -> nn.Module:
+    return add_lora(lm, work.config.model.lora) if work.config.model.lora.rank else lm
+
+
+def _frozen(lm: nn.Module) -> nn.Module:
+    return lm.requires_grad_(False)
+
+
+def _build_explicit(work: Workspace) -> nn.Module:
+    return ExplicitModel(_trainable(load_lm(work.base, work.config.model), work))
+
+
+def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
+    return partial(explicit_batch, spec=work.spec, with_cot=with_cot, normalisation=train.normalisation)
+
+
+def load_stage1(work: Workspace, folder: Path) -> Stage1Model:
+    """Load encoder, decoder and marker from a finished phase.
+
+    Raises:
+        ArtefactError: the folder is incomplete.
+    """
+    if not (folder / MARKER_FILE).exists():
+        raise ArtefactError(f"{folder / MARKER_FILE}: missing; run that stage-1 phase again.")
+    model = work.config.model
+    marker = load_file(folder / MARKER_FILE)["marker"]
+    return Stage1Model(load_lm(folder / "encoder", model), load_lm(folder / "decoder", model), marker, work.spec)
+
+
+def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
+    source = work.source_of(phase)
+    if source is not None and source.directory.name.startswith("stage1-"):
+        model = load_stage1(work, source.final)
+    else:
+        start = work.base if source is None else source.final
+        encoder = load_lm(start, work.config.model)
+        marker = initial_marker(encoder, work.spec.think_ids)
+        model = Stage1Model(encoder, load_lm(start, work.config.model), marker, work.spec)
+    trains_encoder, trains_decoder = phase != "stage1-decoder", phase != "stage1-encoder"
+    model.encoder = _trainable(model.encoder, work) if trains_encoder else _frozen(model.encoder)
+    model.decoder = _trainable(model.decoder, work) if trains_decoder else _frozen(model.decoder)
+    model.marker.requires_grad_(trains_encoder)
+    _freeze_unused_head(model.encoder)
+    return model
+
+
+def _freeze_unused_head(encoder: nn.Module) -> None:
+    # the encoder's head is not part of the loss; an untied one would be a parameter without gradient
+    from latent_sft.models.backbone import head_table, input_table
+
+    if head_table(encoder) is not input_table(encoder):
+        head_table(encoder).requires_grad_(False)
+
+
+def _collate_stage1(work: Workspace, train: TrainConfig) -> Collate:
+    return partial(stage1_batch, spec=work.spec, normalisation=train.normalisation)
+
+
+def _save_stage1(model: Stage1Model, work: Workspace, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lm in (("encoder", merged(model.encoder)), ("decoder", merged(model.decoder))):
+        save_lm(lm, folder / name, work.tokenizer)
+        work.save_spec(folder / name, "gold")
+    save_file({"marker": model.marker.detach().cpu().contiguous()}, folder / MARKER_FILE)
+
+
+def _build_stage2(work: Workspace) -> nn.Module:
+    source = work.source_of("stage2")
+    assert source is not None  # source_of raises where there is no stage-1 phase
+    source.results()
+    return Stage2Model(_trainable(load_lm(source.final / "decoder", work.config.model), work), work.spec)
+
+
+def _collate_stage2(work: Workspace, train: TrainConfig) -> Collate:
+    labels = work.labels_step()
+    labels.results()
+    store = LabelStore(labels.directory / "store", expect={"fingerprint": labels.fingerprint})
+    return partial(stage2_batch, spec=work.spec, label_of=store.get, normalisation=train.normalisation)
+
+
+def _save_lm(model: Any, work: Workspace, folder: Path, *, thinker: str) -> None:
+    save_lm(merged(model.lm), folder, work.tokenizer)
+    work.save_spec(folder, thinker)
+
+
+def _inner_lm(model: Any) -> nn.Module:
+    return model.lm
+
+
+STAGES: dict[str, Stage] = {
+    "no-cot": Stage(
+        thinker="none",
+        build=_build_explicit,
+        collate=partial(_collate_explicit, with_cot=False),
+        lm=_inner_lm,
+        save=partial(_save_lm, thinker="none"),
+    ),
+    "cot": Stage(
+        thinker="explicit",
+        build=_build_explicit,
+        collate=partial(_collate_explicit, with_cot=True),
+        lm=_inner_lm,
+        save=partial(_save_lm, thinker="explicit"),
+    ),
+    **{
+        phase: Stage(
+            thinker="gold",
+            build=partial(_build_stage1, phase=phase),
+            collate=_collate_stage1,
+            lm=lambda model: model,
+            save=_save_stage1,
+        )
+        for phase in ("stage1-encoder", "stage1-decoder", "stage1-union")
+    },
+    "stage2": Stage(
+        thinker="latent",
+        build=_build_stage2,
+        collate=_collate_stage2,
+        lm=_inner_lm,
+        save=partial(_save_lm, thinker="latent"),
+    ),
+}
+
+
+def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return accuracy, mean reasoning steps and, where there are latents, their entropy and share of `</think>`."""
+    settings = work.config.eval
+    decoded = solve(
+        stage.thinker,
+        stage.lm(model),
+        work.spec,
+        rows,
+        batch_size=settings.batch_size,
+        max_cot_tokens=settings.max_cot_tokens,
+    )
+    right = [
+        is_correct(work.tokenizer.decode(d.answer_ids, skip_special_tokens=True), row["reference"], settings.grader)
+        for d, row in zip(decoded, rows, strict=True)
+    ]
+    metrics = {
+        "accuracy": sum(right) / len(rows),
+        "reasoning_steps": sum(d.num_steps for d in decoded) / len(rows),
+    }
+    latents = [Superposition(d.latent_ids, d.latent_weights) for d in decoded if d.latent_ids is not None]
+    latents = [s for s in latents if len(s.ids)]
+    if latents:
+        flat = Superposition(*(torch.cat(parts) for parts in zip(*latents, strict=True)))
+        metrics["latent_entropy"] = entropy(flat).mean().item()
+        metrics["end_share"] = (flat.ids[:, 0] == work.spec.end_think_ids[0]).float().mean().item()
+    return metrics

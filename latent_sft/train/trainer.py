@@ -1,0 +1,222 @@
+"""The training loop is transformers' Trainer; what is ours: the loss, its denominators, what is saved, what is logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import rewrite_logs
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from latent_sft.errors import TrainingError
+from latent_sft.method.superposition import entropy
+from latent_sft.method.types import Superposition
+from latent_sft.train.sampler import LengthBucketSampler
+
+Metrics = dict[str, float]
+
+
+class LatentTrainer(Trainer):
+    """Trainer for modules that return `ce_total` and, in stage 2, `kl_total`.
+
+        loss = ce_weight * sum(ce) / count_ce + kl_weight * sum(kl) / count_kl
+
+    Both sums and both counts run over the global batch: all processes and all accumulated micro-batches. So batch
+    shape, padding and world size do not change the loss.
+
+    Args:
+        ce_weight: weight of the cross-entropy.
+        kl_weight: weight of the KL.
+        end_id: first token of `</think>`, for the collapse diagnostics.
+        evaluate_with: model -> metrics on validation (answers decoded), without prefix.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        ce_weight: float,
+        kl_weight: float,
+        end_id: int,
+        evaluate_with: Callable[[torch.nn.Module], Metrics],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss below is already divided by the global counts
+        self.ce_weight, self.kl_weight, self.end_id = ce_weight, kl_weight, end_id
+        self.evaluate_with = evaluate_with
+        self._sums: dict[str, Tensor] = {}
+        self._since, self._logged_step = time.monotonic(), 0
+
+    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor | None:
+        """Return `[2]`: denominators of cross-entropy and KL over the global batch."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([batch["counts"] for batch in batch_samples]).sum(0).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return this micro-batch's share of the global loss (times world size, since gradients are averaged)."""
+        counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
+        out = model(**inputs)
+        parts = {"loss_ce": out["ce_total"] / counts[0]}
+        loss = self.ce_weight * parts["loss_ce"]
+        if "kl_total" in out:
+            parts["loss_kl"] = out["kl_total"] / counts[1]
+            loss = loss + self.kl_weight * parts["loss_kl"]
+        self._observe(inputs, out, parts)
+        loss = loss * self.args.world_size
+        return (loss, out) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the clock of the throughput starts here."""
+        self._since = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def _observe(self, inputs: dict[str, Tensor], out: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+        # sums stay tensors: reading them here would stop the device at every step
+        real = (inputs["kind"] > 0).sum()
+        sums = {**{k: v.detach() for k, v in parts.items()}, "tokens": real, "slots": torch.tensor(inputs["kind"].numel())}
+        if "latent_ids" in out:
+            mask = inputs["latent_mask"]
+            latent = Superposition(out["latent_ids"], out["latent_weights"])
+            sums["latents"] = mask.sum()
+            sums["latent_entropy"] = (entropy(latent) * mask).sum()
+            sums["end_share"] = ((latent.ids[..., 0] == self.end_id) & mask).sum()
+        for name, value in sums.items():
+            value = value.double().to(self.args.device)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add loss parts, collapse diagnostics, throughput and padding share to what the Trainer logs."""
+        if "loss" in logs and self._sums:
+            sums = {k: v.item() for k, v in self._sums.items()}
+            if self.args.world_size > 1:
+                stacked = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.args.device)
+                sums = dict(zip(sums, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+            steps, now = self.state.global_step - self._logged_step, time.monotonic()
+            for name in ("loss_ce", "loss_kl"):
+                if name in sums:
+                    logs[name] = sums[name] / steps
+            logs["tokens_per_second"] = sums["tokens"] / max(now - self._since, 1e-9)
+            logs["padding_share"] = 1 - sums["tokens"] / sums["slots"]
+            if "latents" in sums:
+                logs["latent_entropy"] = sums["latent_entropy"] / sums["latents"]
+                logs["end_share"] = sums["end_share"] / sums["latents"]
+            self._sums, self._since, self._logged_step = {}, now, self.state.global_step
+            if not torch.isfinite(torch.tensor(logs["loss"])):
+                raise TrainingError(
+                    f"step {self.state.global_step}: the loss is {logs['loss']}. Lower the learning rate, clip harder "
+                    "(max_grad_norm) or train in float32; the last checkpoint is intact."
+                )
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Metrics:
+        """Decode answers on validation and log accuracy; replaces the Trainer's loss-only evaluation."""
+        metrics = {f"eval_{k}": v for k, v in self.evaluate_with(self.accelerator.unwrap_model(self.model)).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since = time.monotonic()
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        per_step = self.args.train_batch_size * self.args.world_size
+        return LengthBucketSampler(list(dataset["length"]), per_step, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save only what is trained: a frozen partner or base is on disk already, and tied weights appear once."""
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            trained = {
+                n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad
+            }
+            save_file(trained, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say nothing: checkpoints hold the trained parameters only, so the others are always 'missing'."""
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged value to `metrics.jsonl` and TensorBoard, and keeps the seconds of training across resumes."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.seconds, self.began = folder, seconds, time.monotonic()
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, earlier processes included."""
+        return self.seconds + time.monotonic() - self.began
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write one line and the scalars."""
+        if not state.is_world_process_zero:
+            return
+        scalars = {k: v for k, v in rewrite_logs(dict(logs or {})).items() if isinstance(v, int | float)}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": state.global_step, "seconds": round(self.elapsed(), 1), **scalars}) + "\n")
+        for tag, value in scalars.items():
+            self.board.add_scalar(tag, value, state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the clock beside the checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / "seconds.json").write_text(json.dumps(self.elapsed()))
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the TensorBoard file."""
+        self.board.close()
+
+
+class StopAtAccuracy(TrainerCallback):
+    """Ends a stage once validation accuracy is reached: a convergence check instead of a step count."""
+
+    def __init__(self, accuracy: float) -> None:
+        self.accuracy = accuracy
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Stop when the threshold is met."""
+        if metrics and metrics.get("eval_accuracy", 0.0) >= self.accuracy:
+            control.should_training_stop = True
+
+
+class StageProgress(ProgressCallback):
+    """The Trainer's bar with the last loss and accuracy at its end instead of a printed dictionary a log."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.shown = name, {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the bar after the stage."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Refresh the numbers at the end of the bar."""
+        names = {"loss": "loss", "loss_kl": "kl", "eval_accuracy": "val_acc"}
+        self.shown |= {names[k]: f"{v:.3g}" for k, v in (logs or {}).items() if k in names}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown, refresh=False)

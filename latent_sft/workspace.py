@@ -1,0 +1,155 @@
+"""What every step of an experiment starts from: tokenizer, base model path, LatentSpec, tokenised splits, and the steps.
+
+Opened once a command; a second opening reads what the first one wrote (`<run>/base`, `<run>/data`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from latent_sft.config.load import to_yaml
+from latent_sft.config.schema import Config, TrainConfig
+from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
+from latent_sft.data.prompts import build_spec
+from latent_sft.data.records import Splits, load_splits
+from latent_sft.errors import ConfigError
+from latent_sft.method.types import SPEC_FILE, LatentSpec
+from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
+from latent_sft.models.tiny_tokenizer import build_tokenizer
+from latent_sft.runs import Step, fingerprint, write_atomically, write_json
+
+log = logging.getLogger(__name__)
+
+STAGE1_PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
+# settings that say how a stage is watched, not what it computes
+_WATCHING = ("enabled", "log_every", "num_workers", "save_total_limit")
+
+
+class Workspace:
+    """An opened experiment.
+
+    Args:
+        config: the experiment.
+
+    Attributes:
+        directory: run directory.
+        base: folder or Hub name of the base model.
+        tokenizer: its tokenizer.
+        spec: the LatentSpec.
+        splits: the records.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = Path(config.directory)
+        self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
+        self.base, self.tokenizer = self._base()
+        self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
+        write_atomically(self.directory / "config.yaml", to_yaml(config))
+
+    @cached_property
+    def data(self) -> dict[str, Dataset]:
+        """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk."""
+        return tokenized_splits(self.config, self.tokenizer, self.spec, self.splits, self.directory / "data")
+
+    def step(self, name: str) -> Step:
+        """Return the step of a training stage, with everything that decides its result."""
+        train = self.config.stage(name)
+        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
+        inputs: dict[str, Any] = {
+            "step": name,
+            "seed": self.config.seed,
+            "base": self._base_identity(),
+            "data": self._data_identity(),
+            "prompt": self._prompt_identity(),
+            "lora": dataclasses.asdict(self.config.model.lora),
+            "dtype": self.config.model.dtype,
+            "train": settings,
+        }
+        if name not in ("no-cot", "cot"):
+            inputs["latent"] = dataclasses.asdict(self.config.latent)
+            source = self.source_of(name)
+            inputs["source"] = source.fingerprint if source else "base"
+        return Step(directory=self.directory / name, inputs=inputs)
+
+    def source_of(self, name: str) -> Step | None:
+        """Return the step whose final model a stage starts from, or None where that is the base model."""
+        phases = [p for p in STAGE1_PHASES if self.config.stage(p).enabled]
+        if name in STAGE1_PHASES:
+            earlier = phases[: phases.index(name)] if name in phases else phases
+            if earlier:
+                return self.step(earlier[-1])
+            return self.step("cot") if self.config.stage1.init == "cot" else None
+        if name in ("label", "stage2"):
+            if not phases:
+                raise ConfigError("stage1: all three phases are disabled, but labels and stage 2 need an encoder.")
+            return self.step(phases[-1])
+        return None
+
+    def labels_step(self) -> Step:
+        """Return the step of the label store."""
+        source = self.source_of("label")
+        assert source is not None  # source_of raises where there is no stage-1 phase
+        inputs = {
+            "step": "label",
+            "encoder": source.fingerprint,
+            "data": self._data_identity(),
+            "latent": dataclasses.asdict(self.config.latent),
+            "dtype": self.config.labels.dtype,
+            "shard_size": self.config.labels.shard_size,
+        }
+        return Step(directory=self.directory / "labels", inputs=inputs)
+
+    def save_spec(self, folder: Path, thinker: str) -> None:
+        """Write the spec beside a model, and how it thinks: `latent`, `explicit` or `none`."""
+        write_json(folder / SPEC_FILE, self.spec.to_dict())
+        write_json(folder / "thinker.json", {"thinker": thinker})
+
+    def training_settings(self, name: str) -> TrainConfig:
+        """Return the settings of a stage by name."""
+        return self.config.stage(name)
+
+    def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
+        model = self.config.model
+        if model.name_or_path:
+            return model.name_or_path, load_tokenizer(model.name_or_path, model)
+        step = Step(directory=self.directory / "base", inputs=self._tiny_inputs())
+        if not step.is_finished():
+            texts = (t for r in self.splits.train for t in (r.problem, r.cot, r.cot_answer))
+            tokenizer = build_tokenizer(texts, model.tiny, self.config.prompt)
+            step.begin(self.config.seed)
+            save_lm(build_tiny(model.tiny, tokenizer, self.config.seed), step.final, tokenizer)
+            step.finish()
+        return str(step.final), load_tokenizer(step.final, model)
+
+    def _tiny_inputs(self) -> dict[str, Any]:
+        return {
+            "tiny": dataclasses.asdict(self.config.model.tiny),
+            "prompt": dataclasses.asdict(self.config.prompt),
+            "seed": self.config.seed,
+            "data": self._data_identity(),
+        }
+
+    def _base_identity(self) -> Any:
+        model = self.config.model
+        if model.name_or_path:
+            return {"name": model.name_or_path, "revision": model.revision, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        return fingerprint(self._tiny_inputs())
+
+    def _data_identity(self) -> Any:
+        data = self.config.data
+        limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_cot_tokens": data.max_cot_tokens}
+        sources = {k: v for k, v in self.splits.sources.items() if k != "test"}
+        return {"sources": sources, "num_train": len(self.splits.train), **limits}
+
+    def _prompt_identity(self) -> dict[str, Any]:
+        spec = self.spec.to_dict()
+        keys = ("think_ids", "end_think_ids", "eos_id", "prompt_template", "system_prompt", "system_placement")
+        return {k: spec[k] for k in keys}

@@ -1,0 +1,62 @@
+"""Installs `latent_sft`, the `latent-sft` command, and the experiments of `configs/` as presets."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Return `__version__` of the package without importing it."""
+    match = re.search(r'^__version__ = "([^"]+)"', (HERE / "latent_sft/__init__.py").read_text(encoding="utf-8"), re.M)
+    if match is None:
+        raise RuntimeError("latent_sft/__init__.py: no __version__")
+    return match.group(1)
+
+
+def read_description() -> str:
+    """Return the README, which a partial checkout may lack."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="latent_sft",
+    version=read_version(),
+    description="Teach causal language models to reason in latent tokens (Latent-SFT) and measure what it costs.",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # only latent_sft: `configs`, `eval`, `launch` and `tests` are far too generic to be importable names
+    packages=[*find_packages(include=["latent_sft*"]), "latent_sft.presets"],
+    package_dir={"latent_sft.presets": "configs"},
+    package_data={"latent_sft": ["py.typed"], "latent_sft.presets": ["*.yaml"]},
+    entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.20,<6",
+        "accelerate",
+        "peft",
+        "datasets",
+        "omegaconf>=2.4",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "tensorboard",
+        "tqdm",
+        "rich",
+        "matplotlib",
+        "math-verify",
+        "huggingface_hub",
+        "pyarrow",
+        "jinja2",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "deepspeed", "setuptools>=77", "wheel"],
+    },
+)

@@ -1,0 +1,190 @@
+"""Loading an experiment: layers and their order, every kind of user mistake, and the round trip through YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+
+from latent_sft.config.load import dotted_keys, load_config, to_yaml
+from latent_sft.config.schema import SECTIONS, STAGES, Config, LatentConfig
+from latent_sft.errors import ConfigError
+
+GOLDEN = Path(__file__).with_name("dotted_keys.txt")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Write a YAML file and return its path."""
+
+    def to_file(text: str, name: str = "experiment.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return to_file
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert load_config() == Config()
+
+
+def test_yaml_overrides_defaults_and_arguments_override_yaml(write: Any) -> None:
+    path = write("seed: 3\nlatent:\n  rate: 4\n  top_k: 5\n")
+    config = load_config(path, ["latent.top_k=7", "latent.top_k=8"])
+    assert (config.seed, config.latent.rate, config.latent.top_k) == (3, 4, 8)
+    assert config.latent.temperature == LatentConfig().temperature
+
+
+def test_an_empty_file_is_the_defaults(write: Any) -> None:
+    assert load_config(write("")) == Config()
+
+
+def test_values_arrive_as_the_schemas_types() -> None:
+    overrides = ["stage2.learning_rate=1e-3", "latent.noise_clip=[-1,2]", "name=123", "eval.splits=[test]"]
+    config = load_config(None, overrides)
+    assert config.stage2.learning_rate == 1e-3
+    assert config.latent.noise_clip == (-1.0, 2.0)
+    assert config.name == "123"
+    assert config.eval.splits == ("test",)
+
+
+def test_an_empty_value_is_the_empty_string_and_a_value_may_hold_an_equals_sign() -> None:
+    config = load_config(None, ["data.test=", "data.train=/data/rate=2.jsonl"])
+    assert config.data.test == ""
+    assert config.data.train == "/data/rate=2.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # unknown key, with a suggestion
+        ("latent.rat=3", "override 'latent.rat=3': unknown key 'latent.rat'. Did you mean 'latent.rate'?"),
+        ("latnt.rate=2", "unknown key 'latnt.rate'. Did you mean 'latent.rate'?"),
+        ("zzz=1", "unknown key 'zzz'. Known: "),
+        # wrong type
+        ("latent.rate=two", "override 'latent.rate=two': latent.rate: Value 'two' of type 'str' could not be"),
+        ("seed=1.5", "seed: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("latent.top_k=null", "latent.top_k: Incompatible value 'None' for field of type 'int'"),
+        ("latent.noise_clip=5", "latent.noise_clip: Invalid value assigned"),
+        ("latent.noise_clip=[1,2,3]", "latent.noise_clip: TupleConfig length 3 does not match"),
+        ("stage2=5", "override 'stage2=5': stage2: "),
+        # not one of the choices
+        ("latent.projection=output", "latent.projection: Invalid value 'output', expected one of ['input', 'head']"),
+        ("data.on_error=ignore", "data.on_error: Invalid value 'ignore', expected one of ['raise', 'skip']"),
+        # out of range
+        ("latent.rate=0", "latent.rate: got 0, expected an integer >= 1 (CoT tokens per latent)."),
+        ("latent.top_k=0", "latent.top_k: got 0, expected an integer >= 1."),
+        ("latent.temperature=0", "latent.temperature: got 0.0, expected a number > 0."),
+        ("latent.decode_temperature=-1", "latent.decode_temperature: got -1.0, expected a number > 0."),
+        ("latent.noise_clip=[3,1]", "latent.noise_clip: got (3.0, 1.0), expected [low, high] with low < high."),
+        ("latent.min_latents=500", "latent.min_latents: got 500, expected 0 to max_latents=128."),
+        ("stage2.max_steps=-1", "stage2.max_steps: got -1, expected 0 (train `epochs`) or a number of steps."),
+        ("no_cot.batch_size=0", "no_cot.batch_size: got 0, expected an integer >= 1."),
+        ("stage1.union.learning_rate=nan", "stage1.union.learning_rate: got nan, expected a number > 0."),
+        ("data.synthetic.min_steps=9", "data.synthetic.min_steps: got 9, expected 1 to max_steps=5."),
+        ("model.tiny.num_heads=3", "model.tiny.num_heads: got 3, expected a divisor of hidden_size."),
+        ("eval.splits=[train]", "eval.splits: got ['train'], expected validation and/or test."),
+        ("name=a/b", "name: got 'a/b', expected a name without '/'."),
+        # not key=value at all
+        ("latent.rate", "override 'latent.rate': expected key=value, for example latent.rate=4."),
+        ("=4", "override '=4': expected key=value"),
+        ('name="a', "override 'name=\"a': the value is not valid YAML; quote it."),
+    ],
+)
+def test_a_mistake_is_one_clear_error(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stage1.init: got 'cot', expected cot.enabled=true"):
+        load_config(None, ["stage1.init=cot", "cot.enabled=false"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latent:\n  rat: 3\n", "experiment.yaml: unknown key 'latent.rat'. Did you mean 'latent.rate'?"),
+        ("latent:\n  rate: two\n", "experiment.yaml: latent.rate: Value 'two'"),
+        ("latent: 3\n", "experiment.yaml: latent: "),
+        ("latent:\n  rate: 0\n", "latent.rate: got 0"),
+        ("latent: [unclosed\n", "experiment.yaml: not valid YAML: "),
+        ("- just\n- a list\n", "experiment.yaml: expected a mapping of sections at the top level."),
+    ],
+)
+def test_a_mistake_in_the_file_names_the_file(write: Any, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(write(text))
+
+
+def test_a_missing_file_suggests_its_neighbour(write: Any, tmp_path: Path) -> None:
+    write("", "quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"quickstrat.yaml: no such configuration file. Did you mean 'quickstart"):
+        load_config(tmp_path / "quickstrat.yaml")
+
+
+def test_a_missing_folder_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such configuration file. Give the path of a YAML file"):
+        load_config(tmp_path / "nowhere" / "a.yaml")
+
+
+def test_the_resolved_configuration_reads_back_as_itself(write: Any) -> None:
+    overrides = ["latent.noise_clip=[-2.0,1.0]", "eval.splits=[test]", "data.test=", "name=x y", "cot.beta2=0.98"]
+    config = load_config(None, overrides)
+    again = load_config(write(to_yaml(config)))
+    assert again == config
+    assert isinstance(again.latent.noise_clip, tuple) and isinstance(again.eval.splits, tuple)
+    assert load_config(write(to_yaml(Config()))) == Config()
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().latent.rate = 4  # type: ignore[misc]
+
+
+def test_every_stage_has_its_own_settings() -> None:
+    for number, stage in enumerate(STAGES):
+        config = load_config(None, [f"{SECTIONS[stage]}.max_steps={100 + number}"])
+        steps = {name: config.stage(name).max_steps for name in STAGES}
+        assert steps.pop(stage) == 100 + number
+        assert set(steps.values()) == {0}
+
+
+def test_run_directory_is_named_after_the_experiment_unless_given() -> None:
+    assert load_config(None, ["name=gsm8k"]).directory == "runs/gsm8k"
+    assert load_config(None, ["name=gsm8k", "run_dir=/data/x"]).directory == "/data/x"
+
+
+def test_keys_are_the_golden_list() -> None:
+    """Every key a user can set, so that adding, renaming or removing one is seen in review."""
+    golden = GOLDEN.read_text(encoding="utf-8").split()
+    found = dotted_keys()
+    added, removed = sorted(set(found) - set(golden)), sorted(set(golden) - set(found))
+    assert found == golden, (
+        f"configuration keys changed: added {added}, removed {removed}. If that is meant, note it in CHANGELOG.md and "
+        "write the list again: python -c 'from latent_sft.config.load import dotted_keys; "
+        f'print(*dotted_keys(), sep="\\n")\' > tests/config/{GOLDEN.name}'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithLiteral:
+    """As the schema uses choices."""
+
+    choice: Literal["a", "b"] = "a"
+
+
+def test_omegaconf_knows_literal() -> None:
+    """The schema depends on it; OmegaConf before 2.4 refuses `Literal` fields."""
+    node = OmegaConf.merge(OmegaConf.structured(WithLiteral), {"choice": "b"})
+    assert OmegaConf.to_object(node) == WithLiteral(choice="b")
+    with pytest.raises(ValidationError, match="expected one of"):
+        OmegaConf.merge(OmegaConf.structured(WithLiteral), {"choice": "c"})

@@ -1,0 +1,211 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from latent_sft.errors import ArtefactError
+from latent_sft.evaluation import plots
+from latent_sft.evaluation.report import read_curves, read_run, write_report
+from latent_sft.evaluation.tables import accuracy, duration, number, percent
+
+STEPS = {"no-cot": 0.0, "cot": 24.0, "stage1": 12.0, "latent-sft": 12.1}
+ACCURACY = {"no-cot": 0.31, "cot": 0.998, "stage1": 0.996, "latent-sft": 0.982}
+STAGES = ("no-cot", "cot", "stage1-union", "stage2")
+LATENTS = [[["=", 0.71], ["5", 0.2], ["<b>", 0.09]], [[" ", 0.5], ["\n", 0.3], ["|", 0.2]]]
+
+
+def result(model, split):
+    summary = {
+        "accuracy": ACCURACY[model] - 0.01 * (split == "validation"),
+        "accuracy_se": 0.004,
+        "num_examples": 1000,
+        "reasoning_steps_mean": STEPS[model],
+        "answer_tokens_mean": 1.0,
+        "forward_passes_mean": STEPS[model] + 3,
+        "finished_share": 1.0,
+        "seconds_per_problem": 0.0123,
+        "pass_at": {"1": ACCURACY[model]},
+        "accuracy_by_steps": {
+            str(n): {"accuracy": ACCURACY[model] - 0.02 * n, "accuracy_se": 0.01, "num_examples": 300}
+            for n in (3, 4, 5)
+        },
+    }
+    problem = {"id": "t-0", "sample": 0, "prediction": "10", "extracted": "10", "reference": "10", "correct": True}
+    if model in ("stage1", "latent-sft"):
+        summary |= {
+            "latent_steps_mean": STEPS[model],
+            "latent_steps_max": 15,
+            "latent_entropy_mean": 1.23,
+            "end_top1_share": 0.001,
+            "ecr": {"1": 0.4, "5": 0.9, "10": 1.2},
+        }
+        problem |= {
+            "problem": "bob has 1 . <script>alert(1)</script> triples 5 . how many ?",
+            "latents": LATENTS,
+            "cot_chunks": ["1 *", "5 =", "5 ;"],
+        }
+    return {"model": model, "split": split, "summary": summary, "problems": [problem]}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with four models, two splits and four stages, and its report (written once: figures take seconds)."""
+    run = tmp_path_factory.mktemp("run")
+    for model in STEPS:
+        for split in ("test", "validation"):
+            path = run / "eval" / model / f"{split}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result(model, split)))
+    for seconds, stage in zip((60.0, 90.5, 200.0, 300.0), STAGES, strict=True):
+        (run / stage).mkdir()
+        manifest = {"status": "finished", "train_seconds": seconds, "examples_seen": 48_000}
+        (run / stage / "manifest.json").write_text(json.dumps(manifest))
+    lines = []
+    for step in range(20, 1500, 20):
+        lines.append({"step": step, "train/loss": 3 * math.exp(-step / 400), "train/loss_ce": math.exp(-step / 300)})
+        if step % 200 == 0:
+            lines.append({"step": step, "eval/accuracy": 1 - math.exp(-step / 400), "eval/latent_entropy": 1.5})
+    for stage in ("cot", "stage2"):
+        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.yaml").write_text("name: fake <run>\nstage1:\n  init: cot\n")
+    assert write_report(run, title="A <fake> run") == run / "report" / "report.html"
+    return run
+
+
+@pytest.fixture(scope="module")
+def html(run_dir):
+    return (run_dir / "report" / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.sources, self.open = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_is_one_well_formed_file_that_loads_nothing(html):
+    page = Page(html)
+    assert page.open == []
+    assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert "script" not in page.tags and "link" not in page.tags and "url(" not in html
+    assert len(page.sources) == 2 + 2  # accuracy, by steps, and two stages
+    assert "A &lt;fake&gt; run" in html and "&lt;script&gt;alert(1)" in html and "fake &lt;run&gt;" in html
+
+
+def test_heatmap_shows_tokens_weights_and_the_chunk_beside_each_latent(html):
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r'<tr><td class="muted">.*?</tr>', html)]
+    assert rows[:3] == [
+        ["1", "=", "0.71", "5", "0.20", "&lt;b&gt;", "0.09", "1", "*"],
+        ["2", "␣", "0.50", "⏎", "0.30", "|", "0.20", "5", "="],
+        ["3", "5", ";"],  # the CoT has a chunk more than there are latents
+    ]
+    assert 'class="right">right' in html
+
+
+def test_json_and_markdown_hold_the_same_numbers(run_dir):
+    report = json.loads((run_dir / "report" / "report.json").read_text())
+    order = [(r["split"], r["model"]) for r in report["results"]]
+    assert order == [(s, m) for s in ("test", "validation") for m in STEPS]
+    # stage 1 started from cot here, so its cost counts for stage1 and latent-sft
+    seconds = {r["model"]: r["train_seconds"] for r in report["results"]}
+    assert seconds == {"no-cot": 60.0, "cot": 90.5, "stage1": 290.5, "latent-sft": 590.5}
+    assert report["results"][3]["examples_seen"] == 3 * 48_000
+    markdown = (run_dir / "report" / "report.md").read_text()
+    assert (
+        "| latent-sft | test | 98.2 ± 0.4 | 1,000 | 12.1 | 1.0 | 15.1 | 100.0 | 0.0123 | 9 min 50 s | 144,000 |"
+        in markdown
+    )
+    assert "reconstructed" in markdown and "ECR@10" in markdown
+    assert (run_dir / "report" / "accuracy_vs_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stage1_from_the_base_does_not_cost_cot(tmp_path):
+    for model, stage in (("cot", "cot"), ("stage1", "stage1-union")):
+        (tmp_path / "eval" / model).mkdir(parents=True)
+        (tmp_path / "eval" / model / "test.json").write_text(json.dumps(result(model, "test")))
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "manifest.json").write_text('{"status": "finished", "train_seconds": 5.0}')
+    assert [r["train_seconds"] for r in read_run(tmp_path).results] == [5.0, 5.0]
+    (tmp_path / "config.yaml").write_text("stage1: {init: cot}")
+    assert [r["train_seconds"] for r in read_run(tmp_path).results] == [5.0, 10.0]
+    assert [r["examples_seen"] for r in read_run(tmp_path).results] == [None, None]
+
+
+def test_a_run_with_one_explicit_model_only(tmp_path):
+    path = tmp_path / "eval" / "my-model" / "test.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"model": "my-model", "split": "test", "summary": SMALL}))
+    html = write_report(tmp_path, title="small").read_text()
+    assert "0.0" in html and "What the latents hold" not in html and "Training" not in html
+    assert Page(html).open == []
+
+
+SMALL = {"accuracy": 0.0, "accuracy_se": None, "num_examples": 1, "reasoning_steps_mean": 0.0}
+
+
+def test_no_results_and_damaged_results(tmp_path):
+    with pytest.raises(ArtefactError, match="no evaluation results; run latent-sft eval first"):
+        write_report(tmp_path, title="x")
+    path = tmp_path / "eval" / "cot" / "test.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"model": "cot", "spl')
+    with pytest.raises(ArtefactError, match=r"test\.json: damaged JSON"):
+        write_report(tmp_path, title="x")
+    path.write_text('{"model": "cot"}')
+    with pytest.raises(ArtefactError, match="not an evaluation result"):
+        write_report(tmp_path, title="x")
+    assert not (tmp_path / "report").exists()
+
+
+def test_curves_of_a_killed_and_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 20, "train/loss": 2.0}\n{"step": 40, "train/loss": 1.5, "train/grad": NaN}\n'
+        '{"step": 40, "train/loss": 1.6, "note": "resumed"}\n[1]\n{"step": 30, "train/loss": 1.8}\n{"step": 60, "tra'
+    )
+    assert read_curves(path) == {"train/loss": [(20, 2.0), (30, 1.8), (40, 1.6)]}
+
+
+def test_labels_of_near_points_do_not_overlap():
+    rows = [
+        {"model": m, "split": "test", "accuracy": a, "accuracy_se": 0.01, "reasoning_steps_mean": 12.0}
+        for m, a in (("a", 0.99), ("b", 0.985), ("c", 0.98), ("d", 0.4))
+    ]
+    figure = plots.accuracy_against_steps(rows)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
+
+
+def test_figures_are_reproducible():
+    rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "reasoning_steps_mean": 3.0}]
+    first, second = (plots.to_bytes(plots.accuracy_against_steps(rows), "svg") for _ in range(2))
+    assert first == second
+    assert plots.training_curves({"train/learning_rate": [(1, 0.1)]}) is None
+    assert plots.accuracy_by_cot_steps(rows) is None
+
+
+def test_cells():
+    assert accuracy({"accuracy": 0.9725, "accuracy_se": 0.0051}) == "97.2 ± 0.5"
+    assert accuracy({"accuracy": 1.0, "accuracy_se": None}) == "100.0"
+    assert percent(None) == "–" and number(1234.5, 0) == "1,234"
+    assert [duration(s) for s in (None, 59.4, 59.6, 3600, 7530)] == [
+        "–",
+        "59 s",
+        "1 min 00 s",
+        "1 h 00 min",
+        "2 h 05 min",
+    ]

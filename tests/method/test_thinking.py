@@ -1,0 +1,224 @@
+"""The decoding state machine on scripted logits: stop rule, limits, delimiters of several tokens, independent rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from latent_sft.method.superposition import gumbel
+from latent_sft.method.thinking import ANSWER, CLOSE, DONE, THINK, explicit_step, latent_step, start
+from latent_sft.method.types import LatentSpec
+
+EOS, END, END2, END3, X, Y, PAD, THINK_ID = range(8)
+VOCAB = 8
+
+
+def make_spec(**changes: Any) -> LatentSpec:
+    settings_ = {"think_ids": (THINK_ID,), "end_think_ids": (END,), "eos_id": EOS, "pad_id": PAD, "vocab_size": VOCAB}
+    return LatentSpec(**{**settings_, "top_k": 2, "max_latents": 5, "max_answer_tokens": 4, **changes})
+
+
+def says(*tokens: int) -> Tensor:
+    """[steps, V] logits whose most likely token is the given one at each step; the runner-up is the next id."""
+    logits = torch.zeros(len(tokens), VOCAB)
+    for step, token in enumerate(tokens):
+        logits[step, token] = 4.0
+        logits[step, (token + 1) % VOCAB] = 2.0
+    return logits
+
+
+class Run(NamedTuple):
+    """What one row was fed: latents {id: weight}, forced and written tokens, and its phase before every step."""
+
+    latents: list[dict[int, float]]
+    tokens: list[int]
+    phases: list[int]
+
+
+def run(script: Tensor, spec: LatentSpec, draws: Tensor | None = None, max_tokens: int | None = None) -> list[Run]:
+    """Feed `[B, steps, V]` scripted logits to the state machine (explicit thinking where `max_tokens` is given)."""
+    state = start(len(script), spec, torch.device("cpu"))
+    rows = [Run([], [], []) for _ in script]
+    for step in range(script.shape[1]):
+        logits = script[:, step]
+        before = state
+        if max_tokens is None:
+            fed, state = latent_step(logits, before, spec, logits.argmax(-1), draws)
+        else:
+            fed, state = explicit_step(logits, before, spec, logits.argmax(-1), max_tokens)
+        for b, row in enumerate(rows):
+            row.phases.append(int(before.phase[b]))
+            if before.phase[b] == DONE:
+                assert state.phase[b] == DONE
+                continue
+            if max_tokens is None and state.num_steps[b] > before.num_steps[b]:
+                row.latents.append(dict(zip(fed.ids[b].tolist(), fed.weights[b].tolist(), strict=True)))
+            else:
+                assert fed.weights[b, 0] == 1 and fed.weights[b, 1:].sum() == 0
+                row.tokens.append(int(fed.ids[b, 0]))
+    return rows
+
+
+def test_latents_then_delimiter_then_answer() -> None:
+    (row,) = run(says(X, Y, END, X, Y, EOS, X)[None], make_spec())
+    assert [max(latent, key=latent.get) for latent in row.latents] == [X, Y]
+    # the two largest logits are 4 and 2: weights 1 / (1 + e^-2) and its rest
+    assert row.latents[0] == pytest.approx({X: 0.8807971, Y: 0.1192029})
+    assert row.tokens == [END, X, Y, EOS]
+    assert row.phases == [THINK, THINK, THINK, ANSWER, ANSWER, ANSWER, DONE]
+
+
+def test_the_whole_delimiter_is_fed_whatever_the_model_says() -> None:
+    (row,) = run(says(X, END, Y, Y, X, EOS)[None], make_spec(end_think_ids=(END, END2, END3)))
+    assert row.tokens == [END, END2, END3, X, EOS]
+    assert row.phases == [THINK, THINK, CLOSE, CLOSE, ANSWER, ANSWER]
+
+
+def test_only_the_first_delimiter_token_stops() -> None:
+    (row,) = run(says(END2, END3, END, X, EOS)[None], make_spec(end_think_ids=(END, END2)))
+    assert len(row.latents) == 2
+    assert row.tokens == [END, END2, EOS]
+
+
+def test_max_latents_ends_thinking() -> None:
+    (row,) = run(says(X, X, X, X, Y, EOS)[None], make_spec(max_latents=3))
+    assert len(row.latents) == 3
+    assert row.tokens == [END, Y, EOS]
+
+
+def test_max_latents_zero_never_thinks() -> None:
+    (row,) = run(says(X, Y, EOS)[None], make_spec(max_latents=0))
+    assert row.latents == [] and row.tokens == [END, Y, EOS]
+
+
+def test_min_latents_delays_the_stop_and_keeps_the_end_token_out() -> None:
+    (row,) = run(says(END, END, END, X, EOS)[None], make_spec(min_latents=2))
+    assert len(row.latents) == 2
+    assert all(END not in latent for latent in row.latents)
+    assert row.tokens == [END, X, EOS]
+
+
+def test_answer_is_cut_at_the_limit() -> None:
+    (row,) = run(says(END, X, Y, X, Y, X, Y)[None], make_spec(max_answer_tokens=4))
+    assert row.tokens == [END, X, Y, X, Y]
+    assert row.phases[-2:] == [DONE, DONE]
+
+
+def test_decode_temperature_flattens_the_latent() -> None:
+    (row,) = run(says(X, END)[None], make_spec(decode_temperature=2.0))
+    assert row.latents[0] == pytest.approx({X: 0.7310586, Y: 0.2689414})  # logits 2 and 1 after division
+
+
+def test_noise_changes_weights_but_neither_ids_nor_the_stop() -> None:
+    """The stop test reads the clean argmax; strong noise on the runner-up changes the mixture only."""
+    script = says(X, Y, END, X, EOS)[None]
+    draws = torch.tensor([[[-3.0, 3.0]]])
+    (clean,), (noised,) = run(script, make_spec()), run(script, make_spec(noise_scale=1.0), draws)
+    assert noised.tokens == clean.tokens
+    assert [latent.keys() for latent in noised.latents] == [latent.keys() for latent in clean.latents]
+    # log-odds 2 - 1.5 - 3.0 = -2.5 for the top-1
+    assert noised.latents[0] == pytest.approx({X: 0.0758582, Y: 0.9241418}, rel=1e-4)
+
+
+def test_explicit_thinking_ends_with_the_spelt_delimiter() -> None:
+    spec = make_spec(end_think_ids=(END, END2))
+    script = says(X, END, Y, END, END2, X, EOS)[None]
+    (row,) = run(script, spec, max_tokens=10)
+    assert row.tokens == [X, END, Y, END, END2, X, EOS]  # the lone END was text
+    assert row.phases == [THINK] * 5 + [ANSWER] * 2
+
+
+def test_explicit_steps_do_not_count_the_delimiter() -> None:
+    spec = make_spec(end_think_ids=(END, END2))
+    state = start(1, spec, torch.device("cpu"))
+    for logits in says(X, Y, X, END, END2):
+        _fed, state = explicit_step(logits[None], state, spec, logits.argmax(-1)[None], 10)
+    assert state.num_steps.tolist() == [3]
+    assert state.phase.tolist() == [ANSWER]
+
+
+def test_explicit_thinking_is_closed_after_the_limit() -> None:
+    (row,) = run(says(X, Y, X, X, X, Y, EOS)[None], make_spec(end_think_ids=(END, END2)), max_tokens=3)
+    assert row.tokens == [X, Y, X, END, END2, Y, EOS]
+
+
+def test_start_in_the_answer_phase() -> None:
+    state = start(2, make_spec(), torch.device("cpu"), phase=ANSWER)
+    assert state.phase.tolist() == [ANSWER, ANSWER]
+
+
+class ScriptedModel:
+    """A model for `reference.decode` whose logits depend only on how many inputs it has seen."""
+
+    def __init__(self, script: Tensor) -> None:
+        self.script = script
+
+    def get_input_embeddings(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=torch.eye(VOCAB))
+
+    def __call__(self, inputs_embeds: Tensor, use_cache: bool) -> SimpleNamespace:
+        step = inputs_embeds.shape[1] - 1  # after a prompt of one token
+        return SimpleNamespace(logits=self.script[step][None, None])
+
+
+@st.composite
+def scripts(draw: st.DrawFn) -> tuple[Tensor, LatentSpec]:
+    """Random logits of a few rows, the end tokens made likely, and random limits."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    max_latents = draw(st.integers(0, 5))
+    spec = make_spec(
+        end_think_ids=draw(st.sampled_from([(END,), (END, END2), (END, END2, END3)])),
+        top_k=draw(st.integers(1, VOCAB)),
+        max_latents=max_latents,
+        min_latents=draw(st.integers(0, max_latents)),
+        decode_temperature=draw(st.sampled_from([0.5, 1.0, 2.0])),
+    )
+    script = torch.randn(draw(st.integers(1, 4)), 14, VOCAB, generator=generator)
+    script[..., END] += 0.8
+    script[..., EOS] += 0.4
+    return script, spec
+
+
+@settings(deadline=None, max_examples=50)
+@given(scripts())
+def test_every_row_of_a_batch_decodes_as_the_reference_does_alone(drawn: tuple[Tensor, LatentSpec]) -> None:
+    script, spec = drawn
+    for logits, row in zip(script, run(script, spec), strict=True):
+        expected = reference.decode(
+            ScriptedModel(logits),
+            [THINK_ID],
+            end_think=spec.end_think_ids,
+            eos=EOS,
+            top_k=spec.top_k,
+            temperature=spec.decode_temperature,
+            min_latents=spec.min_latents,
+            max_latents=spec.max_latents,
+            max_answer_tokens=spec.max_answer_tokens,
+        )
+        assert len(row.latents) == len(expected.latents)
+        for mine, theirs in zip(row.latents, expected.latents, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+        written = [*spec.end_think_ids, *expected.answer, *([EOS] if expected.finished else [])]
+        assert row.tokens == written
+
+
+@settings(deadline=None, max_examples=30)
+@given(scripts(), st.integers(0, 100))
+def test_noise_of_one_row_does_not_touch_another(drawn: tuple[Tensor, LatentSpec], seed: int) -> None:
+    script, spec = drawn
+    noisy_spec = make_spec(noise_scale=1.0, top_k=spec.top_k, end_think_ids=spec.end_think_ids)
+    shape = (4, len(script), spec.top_k)
+    draws = gumbel(shape, torch.Generator().manual_seed(seed), torch.device("cpu"))
+    together = run(script, noisy_spec, draws)
+    alone = [run(script[b : b + 1], noisy_spec, draws[:, b : b + 1])[0] for b in range(len(script))]
+    for mine, other in zip(alone, together, strict=True):
+        assert mine.tokens == other.tokens and mine.phases == other.phases
+        for latent, expected in zip(mine.latents, other.latents, strict=True):
+            assert latent == pytest.approx(expected)

@@ -1,0 +1,136 @@
+"""The shape of the code base: who may import whom, how long a file gets, what is written in one place only."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import latent_sft
+
+PACKAGE = Path(latent_sft.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# a part imports parts of a lower number, and itself; a module named here stands apart from its folder
+LAYERS = {
+    "errors": 0,
+    "method": 1,
+    "config": 1,
+    "runs": 1,
+    "evaluation.math_equal": 1,  # comparing answers is needed while training too, and knows nothing of models
+    "evaluation.answers": 2,
+    "launcher": 2,
+    "plan": 2,
+    "data": 3,
+    "models": 4,
+    "workspace": 5,
+    "inference": 6,
+    "train": 7,
+    "inference.label": 8,  # reads a trained stage 1
+    "evaluation": 9,
+    "export": 9,
+    "pipeline": 10,
+    "cli": 11,
+}
+MAX_LINES = 350
+LONGER = {"config/schema.py": 450}  # a list of keys: long, and read by looking up
+
+
+def layer_of(module: str) -> str | None:
+    """Return the entry of LAYERS a dotted module belongs to: the longest that fits."""
+    inner = module.removeprefix("latent_sft.")
+    fitting = [name for name in LAYERS if inner == name or inner.startswith(f"{name}.")]
+    return max(fitting, key=len, default=None)
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file of the package."""
+    return ".".join(["latent_sft", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield `(line, dotted module)` of every import in a file, also those inside functions and TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.lineno, str(node.module)
+            # `from latent_sft import runs` names modules too
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call))
+
+
+def test_dependencies_point_one_way() -> None:
+    wrong = []
+    for path in FILES:
+        here = layer_of(module_name(path))
+        for line, module in imports(path):
+            there = layer_of(module) if module.startswith("latent_sft.") else None
+            # names nobody knows are not modules: `latent_sft.__version__`, a class behind its module
+            if here is not None and there not in (None, here) and LAYERS[there] >= LAYERS[here]:
+                wrong.append(f"{path}:{line}: {here} must not import {there}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert not [path for path in FILES if layer_of(module_name(path)) is None and path != PACKAGE / "__init__.py"]
+
+
+def test_method_knows_only_torch_and_the_standard_library() -> None:
+    allowed = {"torch", *sys.stdlib_module_names}
+    wrong = [
+        f"{path}:{line}: {module}"
+        for path in sorted((PACKAGE / "method").glob("*.py"))
+        for line, module in imports(path)
+        if module.split(".")[0] not in allowed and not module.startswith(("latent_sft.method", "latent_sft.errors"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_loader_knows_omegaconf() -> None:
+    users = {str(p.relative_to(PACKAGE)) for p in FILES for _, m in imports(p) if m.split(".")[0] == "omegaconf"}
+    assert users == {"config/load.py"}
+
+
+def test_only_the_command_line_prints() -> None:
+    allowed = {PACKAGE / "cli.py", PACKAGE / "inference/show.py"}
+    wrong = [
+        f"{path}:{call.lineno}"
+        for path in set(FILES) - allowed
+        for call in calls(path)
+        if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ]
+    assert not wrong, f"print( outside the command line: {wrong}"
+
+
+def test_nothing_unpickles_files() -> None:
+    pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+    wrong = [f"{p}:{line}: {m}" for p in FILES for line, m in imports(p) if m.split(".")[0] in pickles]
+    for path in FILES:
+        for call in calls(path):
+            if ast.unparse(call.func) != "torch.load":
+                continue
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+            if not safe:
+                wrong.append(f"{path}:{call.lineno}: torch.load without weights_only=True")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_stay_short() -> None:
+    lengths = {str(p.relative_to(PACKAGE)): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
+    too_long = {name: length for name, length in lengths.items() if length > LONGER.get(name, MAX_LINES)}
+    assert not too_long
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "latent_sft.")])
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(name)
