@@ -65,7 +65,7 @@ def _train(config: Config, name: str, work: Workspace) -> None:
 
 
 def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
-    split = "test" if "test" in config.eval.splits and len(work.data["test"]) else "validation"
+    split = "test" if "test" in config.eval.splits and "test" in work.data else "validation"
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
     for name, stages in evaluated_models(work).items():
         result = read_json(work.directory / "eval" / name / f"{split}.json")["summary"]

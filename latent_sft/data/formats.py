@@ -110,7 +110,7 @@ def _gsm8k(value: Any, row_format: RowFormat, default_id: str) -> Record:
 
 def _icot(value: Any, row_format: RowFormat, default_id: str) -> Record:
     if not isinstance(value, str):
-        raise DataError(f"row: a JSON {type(value).__name__}; expected a line 'problem||steps #### answer'.")
+        raise DataError(f"row: got {type(value).__name__}; expected a line 'problem||steps #### answer'.")
     problem, bars, rest = value.partition("||")
     cot, separator, answer = rest.rpartition("####")
     if not bars or not separator:
@@ -148,7 +148,7 @@ def _record(
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"row: a {type(value).__name__}; expected a JSON object.")
+        raise DataError(f"row: got {type(value).__name__}; expected a JSON object.")
     return value
 
 

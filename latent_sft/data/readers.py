@@ -126,7 +126,7 @@ def _json_list(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason}); expected UTF-8 text.") from error
     if not isinstance(values, list):
-        raise DataError(f"{path}:1: a JSON {type(values).__name__}; expected a list of objects (or use .jsonl).")
+        raise DataError(f"{path}:1: got {type(values).__name__}; expected a list of objects (or use .jsonl).")
     return values
 
 

@@ -55,8 +55,8 @@ def evaluate(
         source = stages[-1]
         source.results()
         for split in splits or config.eval.splits:
-            if len(work.data[split]) == 0:
-                log.warning("eval: the %s split is empty, skipped.", split)
+            if split not in work.data:
+                log.warning("eval: there is no %s split, skipped.", split)
                 continue
             found.setdefault(name, {})[split] = _evaluate_one(config, work, name, source, split)
     return found

@@ -168,7 +168,7 @@ Further arguments: `min_latents`, `max_latents`, `noise_scale`, `do_sample`, `te
 
 
 def _settings(spec: LatentSpec) -> str:
-    values = spec.to_dict()
+    think, end_think = (", ".join(map(str, ids)) for ids in (spec.think_ids, spec.end_think_ids))
     shown = [
         ("CoT per latent", "one step" if spec.segmentation == "step" else f"{spec.rate} tokens"),
         ("vocabulary entries per latent", spec.top_k),
@@ -178,7 +178,7 @@ def _settings(spec: LatentSpec) -> str:
         ("noise in training (scale, temperature)", f"{spec.noise_scale}, {spec.noise_temperature}"),
         ("latents (least, most)", f"{spec.min_latents}, {spec.max_latents}"),
         ("answer tokens (most)", spec.max_answer_tokens),
-        ("ids of `<think>` and `</think>`", f"{values['think_ids']}, {values['end_think_ids']}"),
+        ("token ids that open and close thinking", f"{think} and {end_think}"),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in shown)
     return f"| setting | value |\n|---|---|\n{rows}\n\nAll of them are in `latent_spec.json`."

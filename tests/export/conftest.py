@@ -15,7 +15,12 @@ from latent_sft.method.types import SPEC_FILE, LatentSpec
 from latent_sft.models.load import build_tiny, save_lm
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
-PROBLEMS = ["1", "2 + 3", "9", "1 + 2 + 3 + 4 + 5", "7 + 7", "8 + 1 + 0", "5 + 5", "0", "4 + 4 + 4", "6 + 1"]
+PROBLEMS = ("1", "2 + 3", "9", "1 + 2 + 3 + 4 + 5", "7 + 7", "8 + 1 + 0", "5 + 5", "0", "4 + 4 + 4", "6 + 1")
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[str]:
+    return list(PROBLEMS)
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +30,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def spec(tokenizer: PreTrainedTokenizerBase) -> LatentSpec:
-    config = Config(
-        prompt=PromptConfig(system="add"), latent=LatentConfig(top_k=4, max_latents=6, max_answer_tokens=7, noise_scale=1.0)
-    )
-    return build_spec(tokenizer, config, len(tokenizer))
+    latent = LatentConfig(top_k=4, max_latents=6, max_answer_tokens=7, noise_scale=1.0)
+    return build_spec(tokenizer, Config(prompt=PromptConfig(system="1 +"), latent=latent), len(tokenizer))
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +41,7 @@ def checkpoint(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, tmp_path_fa
         hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, tie_embeddings=False
     )
     model = build_tiny(tiny, tokenizer, seed=0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # far from the small initial values, so that the next token depends on the input

@@ -1,0 +1,86 @@
+"""Run an exported folder with `transformers` and nothing of the package; `test_custom_generate.py` starts it.
+
+    alone.py FOLDER REQUEST.json  ->  results as JSON on the last line of stdout
+"""
+
+import contextlib
+import io
+import json
+import sys
+
+
+class Forbidden:
+    """Import hook that makes the package unavailable, also where it is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "latent_sft":
+            raise ImportError(f"{name} must not be imported")
+
+
+sys.meta_path.insert(0, Forbidden())
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+folder, request = sys.argv[1], json.loads(open(sys.argv[2]).read())
+torch.set_num_threads(1)
+
+
+def padded(prompts, side):
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    return tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+
+
+def latents(output):
+    rows = zip(output.latent_ids, output.latent_weights, output.num_latents.tolist(), strict=True)
+    return [{"ids": ids[:n].tolist(), "weights": weights[:n].tolist()} for ids, weights, n in rows]
+
+
+results = {}
+plain = AutoModelForCausalLM.from_pretrained(folder)
+trusting = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+for side in ("left", "right"):
+    inputs = padded(request["prompts"], side)
+    output = plain.generate(**inputs, custom_generate=folder, trust_remote_code=True, return_latents=True)
+    results[side] = {"inputs": inputs["input_ids"].tolist(), "sequences": output.sequences.tolist(), "latents": latents(output)}
+    results[f"{side}, loaded with trust"] = trusting.generate(**inputs).tolist()
+one = torch.tensor([request["prompts"][0]])
+results["positional"] = trusting.generate(one).tolist()
+results["closed"] = trusting.generate(one[:, : -request["delimiter"]]).tolist()
+results["limits"] = trusting.generate(one, min_latents=3, max_latents=3, max_new_tokens=1).tolist()
+results["both ways"] = trusting.generate(one, custom_generate=folder, trust_remote_code=True).tolist()
+
+
+def noisy(seed):
+    torch.manual_seed(seed)
+    return latents(trusting.generate(one, min_latents=4, noise_scale=1.0, return_latents=True))
+
+
+results["noise"] = [noisy(0), noisy(0), noisy(1)]
+
+
+def sampled(seed):
+    torch.manual_seed(seed)
+    return trusting.generate(one, do_sample=True, temperature=3.0, top_p=0.9).tolist()
+
+
+results["sampled"] = [sampled(seed) for seed in (0, 0, 1, 2, 3)]
+errors = {}
+for name, change in request["refused"].items():
+    try:
+        trusting.generate(**{"input_ids": one, **change})
+    except Exception as error:
+        errors[name] = f"{type(error).__name__}: {error}"
+results["errors"] = errors
+try:
+    plain.generate(one, custom_generate=folder, trust_remote_code=False)
+except Exception as error:
+    results["untrusted"] = type(error).__name__
+printed = []
+scope = {}
+for code in request["card"]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, scope)
+    printed.append(out.getvalue())
+results["card"] = printed
+print(json.dumps(results))
