@@ -169,8 +169,6 @@ class Step:
     def begin(self, seed: int) -> None:
         """Record that the step is running; call after `is_finished` returned False."""
         started = {"status": RUNNING, "fingerprint": self.fingerprint, "inputs": self.inputs, "seed": seed}
-        found = self.manifest() or {}
-        started["seconds_before"] = found.get("seconds_before", 0.0) + found.get("seconds_here", 0.0)
         write_json(self.directory / MANIFEST, {**started, **environment(), "started": _now()})
 
     def finish(self, **results: Any) -> None:

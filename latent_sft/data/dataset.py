@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from latent_sft.config.schema import Config, DataConfig
 from latent_sft.data.formats import Record
 from latent_sft.data.prompts import tokenize_record
-from latent_sft.data.records import Splits
+from latent_sft.data.records import Splits, content_hash
 from latent_sft.errors import ArtefactError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.runs import file_sha256, fingerprint, read_json, write_atomically, write_json
@@ -73,7 +72,7 @@ def tokenized_splits(
         if not records:
             continue
         folder = directory / split
-        key = fingerprint(settings, _records_hash(records))
+        key = fingerprint(settings, content_hash(records))
         path = _cached(folder, key)
         if path is None:
             path = _build(folder, key, split, records, config.data, tokenizer, spec)
@@ -187,10 +186,3 @@ def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     finally:
         part.unlink(missing_ok=True)
     return num_rows
-
-
-def _records_hash(records: list[Record]) -> str:
-    digest = hashlib.sha256()
-    for r in records:
-        digest.update(json.dumps([r.id, r.problem, r.cot, r.cot_answer, r.answer, r.steps]).encode())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -16,7 +17,7 @@ from latent_sft.data.synthetic import generate
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.runs import fingerprint, write_atomically
 
-__all__ = ["Record", "Splits", "load_splits"]
+__all__ = ["Record", "Splits", "content_hash", "load_splits"]
 
 SYNTHETIC = "synthetic"
 
@@ -33,7 +34,8 @@ class Splits:
         test: rows to report on; may be empty.
         num_skipped: bad rows left out (`data.on_error=skip`).
         validation_from_train: whether validation was split off train, for want of a source.
-        sources: what each split was made from: SHA-256 of a file, or a description.
+        sources: what each split was made from (SHA-256 of a file, or a description) and a hash of its rows as read,
+            which also changes with the format, the limits and the split.
     """
 
     train: list[Record]
@@ -87,17 +89,26 @@ def load_splits(config: DataConfig, *, skipped_to: Path | None = None) -> Splits
     if from_train:
         loaded["train"], loaded["validation"] = _hold_out(loaded["train"], config)
         described["validation"] = f"{config.validation_size} problems of train, split_seed {config.split_seed}"
-    train = loaded["train"][: config.limit_train or None]
+    loaded["train"] = loaded["train"][: config.limit_train or None]
+    loaded["test"] = loaded["test"][: config.limit_test or None]
     for split in ("validation", "test"):
-        _warn_of_overlap(train, loaded[split], split)
+        _warn_of_overlap(loaded["train"], loaded[split], split)
     return Splits(
-        train=train,
+        train=loaded["train"],
         validation=loaded["validation"],
-        test=loaded["test"][: config.limit_test or None],
+        test=loaded["test"],
         num_skipped=len(skipped),
         validation_from_train=from_train,
-        sources=described,
+        sources={split: f"{text}; rows {content_hash(loaded[split])}" for split, text in described.items()},
     )
+
+
+def content_hash(records: list[Record]) -> str:
+    """Return 16 hex digits over every text of the records, in order."""
+    digest = hashlib.sha256()
+    for r in records:
+        digest.update(json.dumps([r.id, r.problem, r.cot, r.cot_answer, r.answer, r.steps]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _load(source: str, split: str, config: DataConfig, skipped: list[dict[str, str | int]]) -> Iterator[Record]:

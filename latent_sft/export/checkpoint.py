@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ def export_checkpoint(source: Path, out: Path, *, card: CardFacts | None = None)
     tokenizer = _check_source(source, spec)
     if out.exists() and not is_export(out) and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out}: is there already and is not an export; give another folder or empty that one.")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -192,7 +191,8 @@ def _write_generation_config(folder: Path, spec: LatentSpec) -> None:
 
 def _replace(part: Path, out: Path) -> None:
     """Put a complete folder in place; an earlier one is moved aside first and comes back if that fails."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
     if out.exists():
         out.replace(old)
     try:

@@ -22,7 +22,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
 
     Args:
         folder: an exported folder.
-        repo_id: `user/name` or `organisation/name`.
+        repo_id: `user/name` or `organisation/name`; `name` alone is one's own.
         private: of a new repository; an existing one keeps its visibility.
         revision: branch, made where it is not there; None is the default branch.
 
@@ -47,11 +47,11 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
     api = HfApi(library_name="latent_sft")
     try:
         # None leaves the choice to the owner's settings, which may say private
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload with latent_sft"
+            repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message="Upload with latent_sft"
         )
     except OfflineModeIsEnabled as error:
         raise ExportError(f"{repo_id}: offline mode is on (HF_HUB_OFFLINE); unset it to upload.") from error
@@ -64,7 +64,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str | N
         ) from error
     except (RuntimeError, ValueError) as error:  # a transfer that broke off, or metadata that the Hub refuses
         raise ExportError(f"{repo_id}: the upload failed ({error}); push again.") from error
-    return str(url)
+    return str(repo)
 
 
 def _reason(error: HfHubHTTPError, endpoint: str) -> str:

@@ -121,9 +121,14 @@ def read_spec(checkpoint: str | Path) -> LatentSpec:
     """
     path = _find(checkpoint, SPEC_FILE)
     if path is None:
+        if not Path(checkpoint).is_dir():
+            raise ArtefactError(
+                f"{checkpoint}: no such folder, and no checkpoint of latent_sft could be fetched from the Hub by that "
+                "name (check the spelling, the network and HF_HUB_OFFLINE)."
+            )
         final = Path(checkpoint) / "final"
-        hint = f" Did you mean {final}?" if final.is_dir() else " Expected an exported folder or runs/NAME/STAGE/final."
-        raise ArtefactError(f"{checkpoint}: not a checkpoint of latent_sft, there is no {SPEC_FILE}.{hint}")
+        hint = f"Did you mean {final}?" if final.is_dir() else "Expected an exported folder or runs/NAME/STAGE/final."
+        raise ArtefactError(f"{checkpoint}: not a checkpoint of latent_sft, there is no {SPEC_FILE}. {hint}")
     return LatentSpec.from_dict(read_json(path))
 
 
@@ -135,7 +140,7 @@ def as_table(shown: Shown) -> str:
     console = Console(markup=False, highlight=False)
     with console.capture() as capture:
         if shown.thinker == "latent":
-            table = Table(title=f"{shown.num_steps} latent tokens")
+            table = Table(title=f"latent tokens: {shown.num_steps}")
             for column in ("#", "entropy", "vocabulary entries (weight)"):
                 table.add_column(column, justify="left" if column.startswith("v") else "right")
             for number, latent in enumerate(shown.latents, 1):

@@ -99,6 +99,7 @@ def explicit_step(
     """Choose what every row is fed next when thinking is written out: the same phases with K = 1.
 
     The row leaves THINK when its last tokens spell the whole `</think>`; after `max_tokens` tokens the delimiter is fed.
+    An EOS written while thinking ends the row without an answer.
 
     Args:
         logits: `[B, V]`.
@@ -122,7 +123,7 @@ def explicit_step(
     after = after._replace(
         num_steps=after.num_steps + continues.long() - complete.long() * len(spec.end_think_ids),
         recent=recent,
-        phase=torch.where(complete, ANSWER, after.phase),
+        phase=torch.where(complete, ANSWER, torch.where(continues & (tokens == spec.eos_id), DONE, after.phase)),
     )
     return Superposition(tokens[:, None], plain.weights), after
 

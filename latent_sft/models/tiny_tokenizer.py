@@ -43,8 +43,8 @@ def build_tokenizer(texts: Iterable[str], config: TinyModelConfig, prompt: Promp
     delimiters = [prompt.think, prompt.end_think]
     if len({*delimiters, PAD, EOS, UNK, ""}) != 6:
         raise ConfigError(
-            f"prompt.think: got {prompt.think!r} and end_think {prompt.end_think!r}, expected two texts that differ from "
-            "each other and from the reserved ones."
+            f"prompt.think: got {prompt.think!r} and end_think {prompt.end_think!r}, expected two texts that "
+            "differ from each other and from the reserved ones."
         )
     reserved = [PAD, EOS, UNK, *delimiters]
     backend = _bpe(texts, config, reserved) if config.tokenizer == "bpe" else _words(texts, config, reserved)
@@ -64,7 +64,7 @@ def _words(texts: Iterable[str], config: TinyModelConfig, reserved: list[str]) -
     counts, glue = _count(texts)
     vocabulary = [*reserved]
     if config.tokenizer == "digits":
-        counts = Counter({piece: n for piece, n in counts.items() if not piece[0].isdigit()})
+        counts = Counter({piece: n for piece, n in counts.items() if not piece[0].isdecimal()})
         vocabulary += [mark + digit for mark in ("", CONTINUES) for digit in "0123456789"]
         vocabulary += [CONTINUES + ".", CONTINUES + ","]
     room = config.vocab_size - len(vocabulary)

@@ -138,7 +138,8 @@ class LatentTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        per_step = self.args.train_batch_size * self.args.world_size
+        # buckets are cut by the global batch, so that micro-batches and processes only share it out
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthBucketSampler(list(dataset["length"]), per_step, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -1,9 +1,10 @@
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -17,7 +18,6 @@ from latent_sft.errors import ArtefactError
 from latent_sft.method.types import Superposition
 
 MADE_FROM = {"encoder": "abc", "tokenizer": "t1", "rate": 2}
-FORK = multiprocessing.get_context("fork")
 
 
 def make_row(index, top_k=3, vocab=1000):
@@ -227,44 +227,47 @@ def _read(item):
     return store.get(f"row-{index}", make_row(index).hash).ids
 
 
-def test_two_processes_write_one_store(tmp_path):
-    def work(rank):
-        writer = open_writer(tmp_path, num_rows=40)
-        for shard in writer.missing_shards(rank, 2):
-            writer.write(shard, [make_row(i) for i in writer.rows_of(shard)])
-            time.sleep(0.01)
+def start(task, *arguments):
+    """Run this file as a script (see its end); a fork of the test process could inherit a held lock of torch."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, __file__, task, *map(str, arguments)], env=environment, stdout=subprocess.PIPE
+    )
 
-    processes = [FORK.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+
+def write_share(path, rank):
+    writer = open_writer(path, num_rows=40)
+    for shard in writer.missing_shards(int(rank), 2):
+        writer.write(shard, [make_row(i) for i in writer.rows_of(shard)])
+
+
+def write_until(path, file_name):
+    replace = os.replace
+
+    def replace_or_hang(source, target):
+        if str(target).endswith(file_name):
+            sys.stdout.write("reached\n")
+            sys.stdout.flush()
+            time.sleep(600)
+        replace(source, target)
+
+    os.replace = replace_or_hang
+    fill(path)
+
+
+def test_two_processes_write_one_store(tmp_path):
+    processes = [start("write_share", tmp_path, rank) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     open_writer(tmp_path, num_rows=40).finish()
     assert_holds_all(LabelStore(tmp_path), 40)
 
 
-@pytest.mark.parametrize("at", ["labels-00001.arrow", "labels-00001.json"])
-def test_a_killed_process_loses_only_its_shard(tmp_path, at):
-    reached = FORK.Event()
-
-    def work():
-        replace = os.replace
-
-        def replace_or_hang(source, target):
-            if str(target).endswith(at):
-                reached.set()
-                time.sleep(60)
-            replace(source, target)
-
-        os.replace = replace_or_hang
-        fill(tmp_path)
-
-    process = FORK.Process(target=work)
-    process.start()
-    assert reached.wait(60)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+@pytest.mark.parametrize("file_name", ["labels-00001.arrow", "labels-00001.json"])
+def test_a_killed_process_loses_only_its_shard(tmp_path, file_name):
+    process = start("write_until", tmp_path, file_name)
+    assert process.stdout.readline() == b"reached\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
     assert list(tmp_path.glob(".*.part")), "the kill left a partial file"
     kept = (tmp_path / "labels-00000.arrow").stat().st_mtime_ns
 
@@ -273,3 +276,7 @@ def test_a_killed_process_loses_only_its_shard(tmp_path, at):
     assert (tmp_path / "labels-00000.arrow").stat().st_mtime_ns == kept
     assert not list(tmp_path.glob(".*.part"))
     assert_holds_all(LabelStore(tmp_path))
+
+
+if __name__ == "__main__":
+    {"write_share": write_share, "write_until": write_until}[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Generators: seeded, disjoint, right by an independent reading of the problem text, and ProsQA like the public file."""
+"""Generators: seeded, disjoint, right by an independent reading of the problem; ProsQA as in the public file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import statistics
 import subprocess
 import sys
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from latent_sft.config.schema import SyntheticConfig
+from latent_sft.config.schema import FieldsConfig, SyntheticConfig
 from latent_sft.data import prosqa
-from latent_sft.data.formats import Record, split_steps
+from latent_sft.data.formats import Record, RowFormat, parse_row, split_steps
 from latent_sft.data.readers import read_rows
 from latent_sft.data.synthetic import ARITHMETIC_LARGEST, MODULAR_NAMES, MODULAR_VERBS, generate
 from latent_sft.errors import ConfigError
@@ -38,11 +39,13 @@ def test_same_seed_same_problems_and_no_problem_twice(task: str) -> None:
 
 
 def test_hash_randomisation_changes_nothing() -> None:
-    code = (
-        "import hashlib; from latent_sft.config.schema import SyntheticConfig as C; from latent_sft.data.synthetic import "
-        "generate as g; print(hashlib.sha256(repr([g(C(task=t, num_train=20, num_validation=2, num_test=2)) for t in "
-        "('modular', 'arithmetic', 'prosqa')]).encode()).hexdigest())"
-    )
+    code = """
+import hashlib
+from latent_sft.config.schema import SyntheticConfig
+from latent_sft.data.synthetic import generate
+made = [generate(SyntheticConfig(task=task, num_train=20, num_validation=2, num_test=2)) for task in TASKS]
+print(hashlib.sha256(repr(made).encode()).hexdigest())
+""".replace("TASKS", repr(TASKS))
     printed = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
@@ -129,7 +132,7 @@ def check_prosqa(record: Record) -> None:
     assert set(path) <= set(edges)  # ... of given statements ...
     assert path[0][0] == root
     assert path[-1][1] == answer
-    assert all(a[1] == b[0] for a, b in zip(path, path[1:], strict=False))  # ... that hang together
+    assert all(a[1] == b[0] for a, b in pairwise(path))  # ... that hang together
     children = {child for _, child in edges}
     assert children <= set(prosqa.CONCEPTS)
     assert parents - children <= set(prosqa.NAMES)
@@ -139,12 +142,9 @@ def check_prosqa(record: Record) -> None:
 def test_prosqa_problems_are_decidable_and_the_public_ones_pass_the_same_check() -> None:
     for record in generate(SyntheticConfig(task="prosqa", max_steps=6, **SMALL))["train"]:
         check_prosqa(record)
+    row_format = RowFormat(name="coconut", fields=FieldsConfig())
     for row in read_rows(str(FIXTURES / "prosqa_valid_10.json")):
-        steps = tuple(row.value["steps"])
-        check_prosqa(
-            Record(id="", problem=row.value["question"], cot="\n".join(steps), cot_answer="", answer=row.value["answer"],
-                   steps=steps)
-        )  # fmt: skip
+        check_prosqa(parse_row(row.value, row_format, default_id=str(row.line)))
 
 
 def test_prosqa_has_the_distribution_of_the_public_validation_file() -> None:
@@ -152,14 +152,15 @@ def test_prosqa_has_the_distribution_of_the_public_validation_file() -> None:
     graphs = [edges_of(r.problem) for r in records]
     nodes = [{node for edge in edges for node in edge} for edges in graphs]
     in_degrees = [sum(child == node for _, child in edges) for edges in graphs for node in {c for _, c in edges}]
+    reached = [len(distances(e, r.steps[0].split()[0])) for e, r in zip(graphs, records, strict=True)]
     # (generated, mean and standard deviation over the 300 public problems)
     for name, values, mean, deviation in (
         ("nodes", [len(n) for n in nodes], 22.82, 2.04),
         ("statements", [len(edges) for edges in graphs], 36.26, 5.63),
         ("steps", [len(r.steps) for r in records], 3.75, 0.75),
         ("entities", [sum(node in prosqa.NAMES for node in n) for n in nodes], 2.51, 0.73),
-        ("reached from the entity asked about", [len(distances(e, r.steps[0].split()[0])) for e, r in zip(graphs, records, strict=True)], 13.37, 2.72),
-    ):  # fmt: skip
+        ("reached from the entity asked about", reached, 13.37, 2.72),
+    ):
         assert statistics.mean(values) == pytest.approx(mean, rel=0.04), name
         assert statistics.pstdev(values) == pytest.approx(deviation, rel=0.15), name
     shares = [sum(d == k for d in in_degrees) / len(in_degrees) for k in (1, 2, 3, 4)]

@@ -1,12 +1,13 @@
 """Run an exported folder with `transformers` and nothing of the package; `test_custom_generate.py` starts it.
 
-    alone.py FOLDER REQUEST.json  ->  results as JSON on the last line of stdout
+alone.py FOLDER REQUEST.json  ->  results as JSON on the last line of stdout
 """
 
 import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 
 class Forbidden:
@@ -22,7 +23,7 @@ sys.meta_path.insert(0, Forbidden())
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-folder, request = sys.argv[1], json.loads(open(sys.argv[2]).read())
+folder, request = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
 torch.set_num_threads(1)
 
 
@@ -42,7 +43,8 @@ trusting = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 for side in ("left", "right"):
     inputs = padded(request["prompts"], side)
     output = plain.generate(**inputs, custom_generate=folder, trust_remote_code=True, return_latents=True)
-    results[side] = {"inputs": inputs["input_ids"].tolist(), "sequences": output.sequences.tolist(), "latents": latents(output)}
+    ids, sequences = inputs["input_ids"].tolist(), output.sequences.tolist()
+    results[side] = {"inputs": ids, "sequences": sequences, "latents": latents(output)}
     results[f"{side}, loaded with trust"] = trusting.generate(**inputs).tolist()
 one = torch.tensor([request["prompts"][0]])
 results["positional"] = trusting.generate(one).tolist()
@@ -83,4 +85,4 @@ for code in request["card"]:
         exec(code, scope)
     printed.append(out.getvalue())
 results["card"] = printed
-print(json.dumps(results))
+sys.stdout.write(json.dumps(results) + "\n")

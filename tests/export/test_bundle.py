@@ -1,4 +1,4 @@
-"""One file out of many modules: the same definitions, only those needed, and refusals where that would change meaning."""
+"""One file out of many modules: the same definitions, only those needed, and no change of meaning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def run(source: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 def test_renamed_and_whole_module_imports_mean_the_same(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(package, "base", "import math\n\n# why two\nTWO = 2\n\n\ndef area(r):\n    return math.pi * r**TWO\n")
     write(package, "tools", "from demo_pkg import base\n\n\ndef work(r):\n    return base.area(r) + base.TWO\n")
-    write(package, "main", "from demo_pkg.tools import work as do\n\nSHIFT: int = None\n\n\ndef work(r):\n    return do(r) + SHIFT\n")
+    write(
+        package,
+        "main",
+        "from demo_pkg.tools import work as do\n\nSHIFT: int = None\n\n\ndef work(r):\n    return do(r) + SHIFT\n",
+    )
     source, used = bundle("demo_pkg.main", "work", values={"SHIFT": "10"})
     assert run(source, monkeypatch)["work"](1.0) == pytest.approx(3.14159265 + 2 + 10)
     assert used == ["demo_pkg.base", "demo_pkg.tools", "demo_pkg.main"]
@@ -72,7 +76,11 @@ def test_what_cannot_be_copied_is_refused(package: Path, text: str, message: str
 def test_two_helpers_of_one_name_are_refused(package: Path) -> None:
     write(package, "one", "def _h():\n    return 1\n\n\ndef one():\n    return _h()\n")
     write(package, "two", "def _h():\n    return 2\n\n\ndef two():\n    return _h()\n")
-    write(package, "main", "from demo_pkg.one import one\nfrom demo_pkg.two import two\n\n\ndef f():\n    return one() + two()\n")
+    write(
+        package,
+        "main",
+        "from demo_pkg.one import one\nfrom demo_pkg.two import two\n\n\ndef f():\n    return one() + two()\n",
+    )
     with pytest.raises(ValueError, match=r"'_h' is defined in demo_pkg\.one and demo_pkg\.two"):
         bundle("demo_pkg.main", "f", values={})
 

@@ -20,7 +20,11 @@ from latent_sft.export.checkpoint import export_checkpoint, generate_source
 from latent_sft.inference.generate import Decoded, generate
 from latent_sft.method.types import LatentSpec
 
-REFUSED = {"num_beams": {"num_beams": 2}, "stopping_criteria": {"stopping_criteria": [1]}, "input_ids": {"input_ids": None}}
+REFUSED = {
+    "num_beams": {"num_beams": 2},
+    "stopping_criteria": {"stopping_criteria": [1]},
+    "input_ids": {"input_ids": None},
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,11 @@ def expected(model: PreTrainedModel, spec: LatentSpec, prompts: list[list[int]])
 
 @pytest.fixture(scope="module")
 def results(
-    checkpoint: Path, spec: LatentSpec, prompts: list[list[int]], problems: list[str], tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Path,
+    spec: LatentSpec,
+    prompts: list[list[int]],
+    problems: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """Run `alone.py` on the export, in a process of its own that cannot import the package."""
     work = tmp_path_factory.mktemp("alone")
@@ -134,7 +142,7 @@ def test_the_code_of_the_card_runs_as_written(
     results: dict[str, Any], expected: list[Decoded], tokenizer: PreTrainedTokenizerBase, spec: LatentSpec
 ) -> None:
     answer, latents = results["card"]
-    assert answer == tokenizer.decode(written(expected[0], spec)) + "\n"
+    assert answer == tokenizer.decode([*spec.think_ids, *written(expected[0], spec)]) + "\n"
     tops = [row.split("'")[1] for row in latents.splitlines()]
     assert tops == [tokenizer.decode([ids[0]]) for ids in expected[0].latent_ids.tolist()]
 

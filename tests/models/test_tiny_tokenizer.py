@@ -40,7 +40,7 @@ def test_a_word_number_or_run_of_a_symbol_is_one_token() -> None:
 def test_digits_spells_every_number() -> None:
     tokenizer = build("digits")
     assert pieces(tokenizer, "12 eggs, 907.5") == ["1", "##2", "eggs", "<unk>", "9", "##0", "##7", "##.", "##5"]
-    assert tokenizer.decode(tokenizer("907.5 - 1,000 = 3 4")["input_ids"]) == "907.5 - 1,000 = 3 4"
+    assert tokenizer.decode(tokenizer("907.5 eggs 1,000 3 4")["input_ids"]) == "907.5 eggs 1,000 3 4"
     assert "12" not in tokenizer.get_vocab()
 
 
@@ -57,7 +57,7 @@ def test_decoding_gives_the_text_back(kind: str) -> None:
 def test_spaces_beside_symbols_follow_the_training_text() -> None:
     glued = build("word", ["Is Tom a lempus? Tom is here.", "<<1+1=2>> <<2+1=3>>", "\\boxed{3}"])
     for text in ("Tom is a lempus.", "<<2+2=3>>", "\\boxed{2}"):
-        assert glued.decode(glued(text)["input_ids"]).replace("<unk>", "a") == text.replace("2+2", "2+2")
+        assert glued.decode(glued(text)["input_ids"]).replace("<unk>", "a") == text
     spaced = build("word", ["bob has 1 . how many ?", "1 + 1 = 2 ;"])
     for text in ("bob has 2 . how many ?", "2 + 1 = 1 ;"):
         assert spaced.decode(spaced(text)["input_ids"]) == text
@@ -97,9 +97,13 @@ def test_the_most_frequent_words_are_kept() -> None:
 
 
 def test_too_small_vocabularies_and_equal_delimiters_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"model\.tiny\.vocab_size: got 100, expected at least 261 for tokenizer 'bpe'"):
+    with pytest.raises(
+        ConfigError, match=r"model\.tiny\.vocab_size: got 100, expected at least 261 for tokenizer 'bpe'"
+    ):
         build("bpe", vocab_size=100)
-    with pytest.raises(ConfigError, match=r"model\.tiny\.vocab_size: got 20, expected more than 27 for tokenizer 'digits'"):
+    with pytest.raises(
+        ConfigError, match=r"model\.tiny\.vocab_size: got 20, expected more than 27 for tokenizer 'digits'"
+    ):
         build("digits", vocab_size=20)
     with pytest.raises(ConfigError, match=r"prompt\.think: got '<eos>'"):
         build_tokenizer(TEXTS, TinyModelConfig(), PromptConfig(think="<eos>"))
@@ -118,7 +122,9 @@ BPE = build("bpe")
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["Bob", "eggs", " ", "\n", "12", "0.5", "907", "-", "<<", ">>", "$", "."]), max_size=12))
+@given(
+    st.lists(st.sampled_from(["Bob", "eggs", " ", "\n", "12", "0.5", "907", "-", "<<", ">>", "$", "."]), max_size=12)
+)
 def test_digits_loses_nothing_but_whitespace(parts: list[str]) -> None:
     text = "".join(parts)
     decoded = DIGITS.decode(DIGITS(text)["input_ids"])

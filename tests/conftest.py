@@ -1,0 +1,52 @@
+"""Shared by all tests: one thread, no network, a fixed hypothesis profile, and a tiny experiment."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from latent_sft.config.load import load_config
+from latent_sft.config.schema import Config
+
+torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("project")
+
+# a model of 16 dimensions on 120 problems: seconds a stage, enough to run every line
+TINY = [
+    "data.synthetic.num_train=120",
+    "data.synthetic.num_validation=16",
+    "data.synthetic.num_test=12",
+    "model.tiny.hidden_size=16",
+    "model.tiny.intermediate_size=32",
+    "model.tiny.num_layers=2",
+    "model.tiny.num_heads=2",
+    "model.tiny.num_kv_heads=2",
+    "latent.top_k=5",
+    "latent.max_latents=16",
+    "latent.max_answer_tokens=4",
+    "labels.shard_size=50",
+    "eval.max_cot_tokens=40",
+    *(
+        f"{stage}.{setting}"
+        for stage in ("no_cot", "cot", "stage1.encoder", "stage1.decoder", "stage1.union", "stage2")
+        for setting in ("max_steps=4", "eval_every=2", "eval_examples=8", "batch_size=8", "learning_rate=3e-3", "log_every=1")
+    ),
+]
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """Return a function: overrides -> Config of the tiny experiment in a fresh run directory."""
+
+    def make(*overrides: str) -> Config:
+        return load_config(None, [*TINY, f"run_dir={tmp_path / 'run'}", *overrides])
+
+    return make

@@ -1,0 +1,215 @@
+"""The loss does not depend on how a global batch is cut, on padding, or on an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.train.run import last_checkpoint, train_stage
+from latent_sft.train.sampler import LengthBucketSampler
+
+STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[tag] for line in lines if tag in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sample"])
+def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path, normalisation):
+    runs = {}
+    for name, batch, accumulation in (("whole", 8, 1), ("cut", 2, 4)):
+        config = tiny_config(
+            f"run_dir={tmp_path / name}",
+            f"cot.batch_size={batch}",
+            f"cot.accumulation={accumulation}",
+            f"cot.normalisation={normalisation}",
+        )
+        # the same order of examples: the sampler buckets by the global batch
+        config_step = train_stage(config, "cot")
+        runs[name] = (logged(config_step.directory, "train/loss"), logged(config_step.directory, "train/grad_norm"))
+    assert len(runs["whole"][0]) == 4
+    assert runs["cut"][0] == pytest.approx(runs["whole"][0], rel=1e-4)
+    assert runs["cut"][1] == pytest.approx(runs["whole"][1], rel=1e-3)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path):
+    """Stop after the first of two checkpoints by deleting everything the second half wrote, and run again."""
+    whole = train_stage(tiny_config(f"run_dir={tmp_path / 'whole'}"), "cot")
+
+    config = tiny_config(f"run_dir={tmp_path / 'cut'}")
+
+    class Killed(BaseException):
+        pass
+
+    import latent_sft.train.run as run
+
+    original = run.StageProgress.on_step_end
+
+    def stop_at_three(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.StageProgress, "on_step_end", stop_at_three)
+        with pytest.raises(Killed):
+            train_stage(config, "cot")
+    folder = tmp_path / "cut" / "cot"
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "running"
+    assert last_checkpoint(folder).endswith("checkpoint-2")
+    resumed = train_stage(config, "cot")
+    assert logged(resumed.directory, "train/loss")[-2:] == pytest.approx(
+        logged(whole.directory, "train/loss")[-2:], rel=1e-5
+    )
+    for name, value in weights(whole.directory).items():
+        torch.testing.assert_close(weights(resumed.directory)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-6").mkdir()
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_every_stage_one_phase_trains_what_it_should(tiny_config):
+    """Encoder phase moves the encoder and the marker only, decoder phase the decoder only, union both."""
+    config = tiny_config("stage1.init=cot")
+
+    def parts(name: str) -> dict[str, dict[str, torch.Tensor]]:
+        folder = train_stage(config, name).final
+        found = {part: load_file(folder / part / "model.safetensors") for part in ("encoder", "decoder")}
+        return {**found, "marker": load_file(folder / "marker.safetensors")}
+
+    def moved(a, b):
+        return any(not torch.equal(a[name], b[name]) for name in a)
+
+    start = load_file(train_stage(config, "cot").final / "model.safetensors")
+    encoder = parts("stage1-encoder")
+    assert moved(encoder["encoder"], start)
+    assert not moved(encoder["decoder"], start)
+    decoder = parts("stage1-decoder")
+    assert not moved(decoder["encoder"], encoder["encoder"])
+    assert not moved(decoder["marker"], encoder["marker"])
+    assert moved(decoder["decoder"], encoder["decoder"])
+    union = parts("stage1-union")
+    for part in ("encoder", "decoder", "marker"):
+        assert moved(union[part], decoder[part])
+
+
+def test_lora_trains_adapters_and_saves_a_merged_model(tiny_config):
+    config = tiny_config("model.lora.rank=2", "model.lora.alpha=4")
+    step = train_stage(config, "cot")
+    results = step.results()
+    assert 0 < results["trained_parameters"] < 0.5 * results["parameters"]
+    base = load_file(step.directory.parent / "base" / "final" / "model.safetensors")
+    tuned = weights(step.directory)
+    assert tuned.keys() == base.keys()
+    assert torch.equal(tuned["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert not torch.equal(tuned["model.layers.0.mlp.up_proj.weight"], base["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_config, tmp_path):
+    losses = [
+        logged(
+            train_stage(
+                tiny_config(f"run_dir={tmp_path / flag}", f"stage1.union.gradient_checkpointing={flag}",
+                            "stage1.encoder.enabled=false", "stage1.decoder.enabled=false"),
+                "stage1-union",
+            ).directory,
+            "train/loss",
+        )
+        for flag in ("false", "true")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_stage_stops_when_it_has_converged(tiny_config):
+    config = tiny_config("cot.max_steps=50", "cot.stop_at_accuracy=1e-9")
+    import latent_sft.train.run as run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "validation_metrics", lambda *_: {"accuracy": 0.5})
+        step = train_stage(config, "cot")
+    assert step.results()["steps"] == 2
+
+
+def test_a_finished_stage_is_skipped_and_another_experiment_is_refused(tiny_config):
+    config = tiny_config()
+    first = train_stage(config, "no-cot").results()
+    assert train_stage(config, "no-cot").results() == first
+    with pytest.raises(ArtefactError, match=r"train.learning_rate was 0.003, now 0.5"):
+        train_stage(tiny_config("no_cot.learning_rate=0.5"), "no-cot")
+
+
+def test_a_stage_without_its_source_says_what_to_run(tiny_config):
+    with pytest.raises(ArtefactError, match="not finished yet; run that step first"):
+        train_stage(tiny_config("stage1.init=cot"), "stage1-encoder")
+
+
+def test_a_non_finite_loss_stops_with_a_remedy(tiny_config):
+    with pytest.raises(TrainingError, match=r"the loss is nan.*learning rate"):
+        train_stage(tiny_config("cot.learning_rate=1e30", "cot.warmup_ratio=0", "cot.max_grad_norm=1e30"), "cot")
+
+
+def test_every_logged_tag_is_documented(tiny_config):
+    config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
+    from latent_sft.inference.label import make_labels
+
+    folders = [train_stage(config, "stage1-union").directory]
+    make_labels(config)
+    folders.append(train_stage(config, "stage2").directory)
+    tags = set()
+    for folder in folders:
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            tags |= json.loads(line).keys() - {"step", "seconds"}
+        assert list((folder / "tensorboard").glob("events*"))
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    missing = sorted(tag for tag in tags if f"`{tag}`" not in documented)
+    assert not missing, f"docs/metrics.md does not define {missing}"
+    assert {"train/loss_ce", "train/loss_kl", "eval/accuracy", "train/latent_entropy", "train/end_share"} <= tags
+
+
+def test_the_sampler_yields_every_example_once_in_an_order_of_seed_and_epoch():
+    lengths = [n % 17 + 1 for n in range(103)]
+    sampler = LengthBucketSampler(lengths, 8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(103))
+    assert first == list(LengthBucketSampler(lengths, 8, seed=3))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 96, 8))]
+    assert max(spread) <= 2  # random batches of these lengths spread over about 14
+
+
+def test_disk_full_while_saving_the_final_model_loses_nothing(tiny_config, monkeypatch):
+    config = tiny_config()
+    import latent_sft.models.load as load
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "core", lambda lm: type("Full", (), {"save_pretrained": full})())
+        with pytest.raises(ArtefactError, match="No space left on device"):
+            train_stage(config, "no-cot")
+    folder = Path(config.directory) / "no-cot"
+    assert last_checkpoint(folder) is not None  # training goes on from here
+    assert not (folder / "final").exists()
+    assert train_stage(config, "no-cot").results()["steps"] == 4
+    shutil.rmtree(folder)
