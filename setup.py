@@ -54,6 +54,7 @@ setup(
         "huggingface_hub",
         "pyarrow",
         "jinja2",
+        "pyyaml",
     ],
     extras_require={
         "deepspeed": ["deepspeed"],

@@ -61,7 +61,9 @@ def _train(config: Config, name: str, work: Workspace) -> None:
     write_atomically(path, to_yaml(config))
     status = start(build_command(name, path, [], config.launch))
     if status != 0:
-        raise TrainingError(f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above.")
+        raise TrainingError(
+            f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above."
+        )
 
 
 def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:

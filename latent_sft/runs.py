@@ -108,7 +108,10 @@ def _git_revision() -> dict[str, Any]:
 
     try:
         revision = git("rev-parse", "HEAD")
-        return {"revision": revision or "unknown", "dirty": bool(revision and git("status", "--porcelain", "--", str(here)))}
+        return {
+            "revision": revision or "unknown",
+            "dirty": bool(revision and git("status", "--porcelain", "--", str(here))),
+        }
     except (OSError, subprocess.TimeoutExpired):
         return {"revision": "unknown", "dirty": False}
 
@@ -184,7 +187,9 @@ class Step:
         """
         found = self.manifest()
         if found is None or found["status"] != FINISHED:
-            raise ArtefactError(f"{self.directory}: not finished yet; run that step first (`latent-sft plan CONFIG` lists them).")
+            raise ArtefactError(
+                f"{self.directory}: not finished yet; run that step first (`latent-sft plan CONFIG` lists them)."
+            )
         return found
 
 

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config, TrainConfig
+from latent_sft.config.schema import Config
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
 from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
@@ -30,6 +32,11 @@ log = logging.getLogger(__name__)
 STAGE1_PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
 # settings that say how a stage is watched, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_total_limit")
+
+
+def processes() -> PartialState:
+    """Return accelerate's view of the processes of this job (one, or those torchrun started)."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 class Workspace:
@@ -49,6 +56,11 @@ class Workspace:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.directory)
+        # on several processes the first one writes what the others then read
+        with processes().main_process_first():
+            self._open(config)
+
+    def _open(self, config: Config) -> None:
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
@@ -57,6 +69,10 @@ class Workspace:
     @cached_property
     def data(self) -> dict[str, Dataset]:
         """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk."""
+        with processes().main_process_first():
+            return self._tokenise()
+
+    def _tokenise(self) -> dict[str, Dataset]:
         return tokenized_splits(self.config, self.tokenizer, self.spec, self.splits, self.directory / "data")
 
     def step(self, name: str) -> Step:
@@ -107,14 +123,23 @@ class Workspace:
         }
         return Step(directory=self.directory / "labels", inputs=inputs)
 
+    def labels_made_from(self) -> dict[str, str | int | float]:
+        """Return what decides the labels, in words that an error can show; the store carries it."""
+        step = self.labels_step()
+        return {
+            "encoder": step.inputs["encoder"],
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "rate": self.spec.rate,
+            "segmentation": self.spec.segmentation,
+            "top_k": self.spec.top_k,
+            "temperature": self.spec.temperature,
+            "spec": self.spec.fingerprint(),
+        }
+
     def save_spec(self, folder: Path, thinker: str) -> None:
         """Write the spec beside a model, and how it thinks: `latent`, `explicit` or `none`."""
         write_json(folder / SPEC_FILE, self.spec.to_dict())
         write_json(folder / "thinker.json", {"thinker": thinker})
-
-    def training_settings(self, name: str) -> TrainConfig:
-        """Return the settings of a stage by name."""
-        return self.config.stage(name)
 
     def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
         model = self.config.model
@@ -140,7 +165,11 @@ class Workspace:
     def _base_identity(self) -> Any:
         model = self.config.model
         if model.name_or_path:
-            return {"name": model.name_or_path, "revision": model.revision, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+            return {
+                "name": model.name_or_path,
+                "revision": model.revision,
+                "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            }
         return fingerprint(self._tiny_inputs())
 
     def _data_identity(self) -> Any:

@@ -37,7 +37,14 @@ TINY = [
     *(
         f"{stage}.{setting}"
         for stage in ("no_cot", "cot", "stage1.encoder", "stage1.decoder", "stage1.union", "stage2")
-        for setting in ("max_steps=4", "eval_every=2", "eval_examples=8", "batch_size=8", "learning_rate=3e-3", "log_every=1")
+        for setting in (
+            "max_steps=4",
+            "eval_every=2",
+            "eval_examples=8",
+            "batch_size=8",
+            "learning_rate=3e-3",
+            "log_every=1",
+        )
     ),
 ]
 

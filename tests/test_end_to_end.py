@@ -58,7 +58,9 @@ def test_run_writes_everything(finished):
     assert manifest["status"] == "finished"
     assert manifest["versions"]["torch"]
     assert manifest["seed"] == 0
-    assert manifest["inputs"]["source"] == json.loads((run / "stage1-union" / "manifest.json").read_text())["fingerprint"]
+    assert (
+        manifest["inputs"]["source"] == json.loads((run / "stage1-union" / "manifest.json").read_text())["fingerprint"]
+    )
 
 
 def test_a_second_run_does_nothing_again(finished):
@@ -146,6 +148,8 @@ def test_several_processes_make_the_same_labels(tmp_path):
     ],
 )
 def test_mistakes_give_one_message_and_status_two(tmp_path, setting, message):
-    done = call("train", "cot", config_file(tmp_path), setting, *(["data.test="] if "train=" in setting else []), status=2)
+    done = call(
+        "train", "cot", config_file(tmp_path), setting, *(["data.test="] if "train=" in setting else []), status=2
+    )
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -67,7 +67,11 @@ def dotted_keys() -> list[str]:
 def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, near) if near else " Give the path of a YAML file, for example configs/quickstart.yaml."
+        hint = (
+            did_you_mean(path.name, near)
+            if near
+            else " Give the path of a YAML file, for example configs/quickstart.yaml."
+        )
         raise ConfigError(f"{path}: no such configuration file.{hint}")
     try:
         layer = OmegaConf.load(path)

@@ -151,7 +151,12 @@ class TinyModelConfig:
         for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"):
             need(getattr(self, key) >= 1, f"model.tiny.{key}", getattr(self, key), "an integer >= 1")
         need(self.hidden_size % self.num_heads == 0, "model.tiny.num_heads", self.num_heads, "a divisor of hidden_size")
-        need(self.num_heads % self.num_kv_heads == 0, "model.tiny.num_kv_heads", self.num_kv_heads, "a divisor of num_heads")
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.tiny.num_kv_heads",
+            self.num_kv_heads,
+            "a divisor of num_heads",
+        )
         need(self.vocab_size >= 16, "model.tiny.vocab_size", self.vocab_size, "an integer >= 16")
 
 

@@ -115,7 +115,12 @@ def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
         lists = [getattr(row, name) for row in rows]
         return torch.tensor([v + [value] * (length - len(v)) for v in lists])
 
-    return {"ids": pad("ids", pad_id), "kind": pad("kind", 0), "branch": pad("branch", -1), "position": pad("position", 0)}
+    return {
+        "ids": pad("ids", pad_id),
+        "kind": pad("kind", 0),
+        "branch": pad("branch", -1),
+        "position": pad("position", 0),
+    }
 
 
 def _targets(rows: Sequence[Row]) -> Batch:

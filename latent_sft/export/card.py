@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from latent_sft import __version__
 from latent_sft.config.schema import Config
 from latent_sft.method.types import LatentSpec
-from latent_sft.runs import read_json
+from latent_sft.runs import MANIFEST, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +33,7 @@ class CardFacts:
         license: Hub identifier of the licence of the weights.
         base_model: Hub name of the model it was trained from; None for a model trained from scratch.
         training_data: sentences on the data; empty where it is not known.
-        results: split -> summary of an evaluation (see `evaluation.score`).
-        decoding: how the results were decoded.
+        results: split -> summary of an evaluation (see `evaluation.score`), and how it decoded as `decoding`.
     """
 
     name: str
@@ -42,7 +41,6 @@ class CardFacts:
     base_model: str | None = None
     training_data: str = ""
     results: Mapping[str, Mapping[str, Any]] | None = None
-    decoding: str = "greedy"
 
 
 def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path) -> CardFacts:
@@ -51,21 +49,19 @@ def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path)
     Args:
         config: the experiment.
         manifest: of its finished stage 2.
-        evaluations: folder of `<split>.json` files; it may be missing.
+        evaluations: folder of `<split>.json` files; it may be missing. Those of an earlier training are left out.
 
     Raises:
         ArtefactError: a damaged evaluation.
     """
     name = config.model.name_or_path
     local = Path(name).exists()
-    sample = config.eval
     return CardFacts(
         name=config.name,
         license=config.export.license,
         base_model=name if name and not local else None,
         training_data=_training_data(config, manifest),
-        results={path.stem: read_json(path)["summary"] for path in sorted(evaluations.glob("*.json"), reverse=True)},
-        decoding=f"sampled, temperature {sample.temperature}, top-p {sample.top_p}" if sample.sample else "greedy",
+        results=_measured(evaluations, manifest),
     )
 
 
@@ -192,12 +188,11 @@ def _results(facts: CardFacts) -> str:
         error = result.get("accuracy_se")
         accuracy = f"{100 * result['accuracy']:.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
         steps, n = f"{result['reasoning_steps_mean']:.1f}", result["num_examples"]
-        rows.append(f"| {split} | {accuracy} | {n} | {steps} | {result.get('grader', '')} |")
-    return (
-        "| split | accuracy ± s.e. | problems | latent steps (mean) | grader |\n|---|---|---|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\nDecoding: {facts.decoding}. The validation split was used to choose the checkpoint."
+        rows.append(f"| {split} | {accuracy} | {n} | {steps} | {result['grader']} | {result['decoding']} |")
+    head = (
+        "| split | accuracy ± s.e. | problems | latent steps (mean) | grader | decoding |\n|---|---|---|---|---|---|\n"
     )
+    return head + "\n".join(rows) + "\n\nThe validation split was used to choose the checkpoint."
 
 
 def _limitations(spec: LatentSpec) -> str:
@@ -208,6 +203,18 @@ def _limitations(spec: LatentSpec) -> str:
         "- Beam search, several sequences per prompt and other servers than `transformers` are not supported by the "
         "enclosed code."
     )
+
+
+def _measured(folder: Path, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    results = {}
+    for path in sorted(folder.glob("*.json"), reverse=True):  # validation before test
+        inputs = read_json(folder / path.stem / MANIFEST)["inputs"]
+        if inputs["model"] != trained["fingerprint"]:
+            continue
+        used = inputs["eval"]
+        sampled = f"sampled, temperature {used['temperature']}, top-p {used['top_p']}, noisy latents"
+        results[path.stem] = {**read_json(path)["summary"], "decoding": sampled if used["sample"] else "greedy"}
+    return results
 
 
 def _training_data(config: Config, manifest: Mapping[str, Any]) -> str:

@@ -51,21 +51,10 @@ def _worker(rank: int, world_size: int, config: Config) -> None:
 
 
 def _writer(config: Config, work: Workspace) -> LabelWriter:
-    spec = work.spec
-    step = work.labels_step()
-    made_from = {
-        "fingerprint": step.fingerprint,
-        "encoder": step.inputs["encoder"],
-        "spec": spec.fingerprint(),
-        "rate": spec.rate,
-        "segmentation": spec.segmentation,
-        "top_k": spec.top_k,
-        "temperature": spec.temperature,
-    }
     return LabelWriter(
-        step.directory / "store",
-        made_from,
-        top_k=spec.top_k,
+        work.labels_step().directory / "store",
+        work.labels_made_from(),
+        top_k=work.spec.top_k,
         dtype=config.labels.dtype,
         shard_size=config.labels.shard_size,
         num_rows=len(work.data["train"]),

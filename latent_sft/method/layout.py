@@ -76,7 +76,9 @@ def fixed_segments(num_tokens: int, rate: int) -> list[int]:
     return [min(rate, num_tokens - start) for start in range(0, num_tokens, rate)]
 
 
-def encoder_row(prompt: Sequence[int], segments: Sequence[Sequence[int]], end_think: Sequence[int], stretched: bool) -> Row:
+def encoder_row(
+    prompt: Sequence[int], segments: Sequence[Sequence[int]], end_think: Sequence[int], stretched: bool
+) -> Row:
     """Lay out `[P, S_1, marker, ..., S_N, marker, E]` for the encoder (reference: induction mask, section 1.3).
 
     Args:

@@ -140,7 +140,9 @@ class LatentSpec:
         values = dict(values)
         found = values.pop("format", None)
         if found != SPEC_FORMAT:
-            raise ConfigError(f"{SPEC_FILE}: format {found!r}, expected {SPEC_FORMAT}; use a matching latent_sft version.")
+            raise ConfigError(
+                f"{SPEC_FILE}: format {found!r}, expected {SPEC_FORMAT}; use a matching latent_sft version."
+            )
         unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{SPEC_FILE}: unknown fields {sorted(unknown)}; made by a newer latent_sft version?")

@@ -85,7 +85,9 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(hf_config)
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.tiny.model_type: cannot build {config.model_type!r} ({_first_line(error)}).") from error
+        raise ConfigError(
+            f"model.tiny.model_type: cannot build {config.model_type!r} ({_first_line(error)})."
+        ) from error
 
 
 def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
@@ -135,7 +137,9 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
         part.replace(folder)
     except Exception as error:  # safetensors raises its own error type for I/O failures
         shutil.rmtree(part, ignore_errors=True)
-        raise ArtefactError(f"{folder}: could not be written ({_first_line(error)}); nothing partial was left.") from error
+        raise ArtefactError(
+            f"{folder}: could not be written ({_first_line(error)}); nothing partial was left."
+        ) from error
 
 
 def initial_marker(lm: nn.Module, think_ids: tuple[int, ...]) -> Tensor:

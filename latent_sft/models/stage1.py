@@ -71,4 +71,3 @@ class Stage1Model(nn.Module):
         labelled = hidden.flatten(0, 1)[batch["target_index"]]
         ce = weighted_cross_entropy(head(self.decoder)(labelled), batch["targets"], batch["target_weights"])
         return {"ce_total": ce, "latent_ids": latent.ids.detach(), "latent_weights": latent.weights.detach()}
-

@@ -29,9 +29,7 @@ class Stage2Model(nn.Module):
         embeds = torch.where((batch["kind"] == Kind.LATENT)[..., None], placed, embeds)
         hidden = hidden_states(self.lm, embeds, None, None).flatten(0, 1)
         to_logits = head(self.lm)
-        ce = weighted_cross_entropy(
-            to_logits(hidden[batch["target_index"]]), batch["targets"], batch["target_weights"]
-        )
+        ce = weighted_cross_entropy(to_logits(hidden[batch["target_index"]]), batch["targets"], batch["target_weights"])
         teacher = Superposition(*(part.flatten(0, 1)[batch["kl_latent"]] for part in latent))
         kl = weighted_sparse_kl(to_logits(hidden[batch["kl_index"]]), teacher, batch["kl_weights"])
         return {"ce_total": ce, "kl_total": kl}

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from latent_sft.config.schema import TrainConfig
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import Config, TrainConfig
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
 from latent_sft.runs import Step
 from latent_sft.train.stages import STAGES, validation_metrics
 from latent_sft.train.trainer import LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
-from latent_sft.workspace import Workspace
+from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +54,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     if source is not None:
         source.results()
         log.info("%s: starts from %s", name, source.final)
-    checkpoint = last_checkpoint(step.directory)
+    with processes().main_process_first():
+        checkpoint = last_checkpoint(step.directory)
     set_seed(config.seed)
     model = stage.build(work)
     if train.gradient_checkpointing:
@@ -66,7 +65,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
-    step.begin(config.seed)
+    if processes().is_main_process:
+        step.begin(config.seed)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
     callbacks: list[TrainerCallback] = [metrics]
     if train.stop_at_accuracy:
@@ -86,9 +86,11 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StageProgress(name))
-    if checkpoint:
-        log.info("%s: goes on from %s", name, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and _has_ended(checkpoint, train):
+        _take_best(trainer, checkpoint)  # only the final folder was still to be written
+    else:
+        log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         _finish(trainer, stage.save, model, work, step, metrics.elapsed())
     trainer.accelerator.wait_for_everyone()
@@ -108,6 +110,19 @@ def last_checkpoint(folder: Path) -> str | None:
             log.warning("%s is incomplete and is not used.", newest)
             shutil.rmtree(newest)
     return None
+
+
+def _has_ended(checkpoint: str, train: TrainConfig) -> bool:
+    # the Trainer would train one step more than asked for when it resumes at the last one
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    converged = 0 < train.stop_at_accuracy <= (state.best_metric or 0.0)
+    return state.global_step >= state.max_steps or converged
+
+
+def _take_best(trainer: LatentTrainer, checkpoint: str) -> None:
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    best = Path(trainer.state.best_model_checkpoint or checkpoint)
+    trainer._load_from_checkpoint(str(Path(checkpoint).parent / best.name))
 
 
 def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> TrainingArguments:
@@ -154,15 +169,15 @@ def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> Tr
 
 
 def _finish(trainer: LatentTrainer, save: Any, model: Any, work: Workspace, step: Step, seconds: float) -> None:
-    state = trainer.state
-    args = trainer.args
+    state, args = trainer.state, trainer.args
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save(trainer.accelerator.unwrap_model(trainer.model), work, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
         steps=state.global_step,
         examples_seen=state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trained_parameters=trained,
         validation_accuracy=state.best_metric,
         best_step=state.best_global_step,
     )

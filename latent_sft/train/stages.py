@@ -23,6 +23,7 @@ from latent_sft.evaluation.answers import is_correct
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
+from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.explicit import ExplicitModel
 from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm
 from latent_sft.models.stage1 import Stage1Model
@@ -100,8 +101,6 @@ def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
 
 def _freeze_unused_head(encoder: nn.Module) -> None:
     # the encoder's head is not part of the loss; an untied one would be a parameter without gradient
-    from latent_sft.models.backbone import head_table, input_table
-
     if head_table(encoder) is not input_table(encoder):
         head_table(encoder).requires_grad_(False)
 
@@ -128,7 +127,7 @@ def _build_stage2(work: Workspace) -> nn.Module:
 def _collate_stage2(work: Workspace, train: TrainConfig) -> Collate:
     labels = work.labels_step()
     labels.results()
-    store = LabelStore(labels.directory / "store", expect={"fingerprint": labels.fingerprint})
+    store = LabelStore(labels.directory / "store", expect=work.labels_made_from())
     return partial(stage2_batch, spec=work.spec, label_of=store.get, normalisation=train.normalisation)
 
 

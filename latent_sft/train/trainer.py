@@ -93,7 +93,11 @@ class LatentTrainer(Trainer):
     def _observe(self, inputs: dict[str, Tensor], out: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         # sums stay tensors: reading them here would stop the device at every step
         real = (inputs["kind"] > 0).sum()
-        sums = {**{k: v.detach() for k, v in parts.items()}, "tokens": real, "slots": torch.tensor(inputs["kind"].numel())}
+        sums = {
+            **{k: v.detach() for k, v in parts.items()},
+            "tokens": real,
+            "slots": torch.tensor(inputs["kind"].numel()),
+        }
         if "latent_ids" in out:
             mask = inputs["latent_mask"]
             latent = Superposition(out["latent_ids"], out["latent_weights"])
@@ -147,9 +151,7 @@ class LatentTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if self.args.should_save:
             os.makedirs(folder, exist_ok=True)
-            trained = {
-                n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad
-            }
+            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -160,18 +162,23 @@ class MetricsFile(TrainerCallback):
     """Appends every logged value to `metrics.jsonl` and TensorBoard, and keeps the seconds of training across resumes."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder, self.seconds, self.began = folder, seconds, time.monotonic()
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.board: Any = None
 
     def elapsed(self) -> float:
         """Seconds of training so far, earlier processes included."""
         return self.seconds + time.monotonic() - self.began
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the TensorBoard file, on the first process."""
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
+
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line and the scalars."""
-        if not state.is_world_process_zero:
+        if self.board is None:
             return
         scalars = {k: v for k, v in rewrite_logs(dict(logs or {})).items() if isinstance(v, int | float)}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
@@ -187,7 +194,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the TensorBoard file."""
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
 
 class StopAtAccuracy(TrainerCallback):

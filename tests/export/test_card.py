@@ -28,6 +28,21 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
+def evaluated(folder: Path, split: str, *, accuracy: float, sample: bool = False) -> None:
+    """Write what an evaluation of the model with fingerprint `f` leaves."""
+    summary = {
+        "accuracy": accuracy,
+        "accuracy_se": None,
+        "num_examples": 2,
+        "reasoning_steps_mean": 3.0,
+        "grader": "auto",
+    }
+    (folder / f"{split}.json").write_text(json.dumps({"summary": summary}))
+    inputs = {"model": "f", "eval": dataclasses.asdict(EvalConfig(sample=sample))}
+    (folder / split).mkdir()
+    (folder / split / "manifest.json").write_text(json.dumps({"inputs": inputs}))
+
+
 def with_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerFast:
     copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
     copy.chat_template = template
@@ -75,27 +90,32 @@ def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerB
         model=ModelConfig(name_or_path="org/base-1b"),
         data=DataConfig(train="/secret/place/train.jsonl", test=""),
         export=ExportConfig(license="apache-2.0"),
-        eval=EvalConfig(sample=True),
     )
-    for split, accuracy in (("test", 0.5), ("validation", 1.0)):
-        summary = {"accuracy": accuracy, "accuracy_se": None, "num_examples": 2, "reasoning_steps_mean": 3.0}
-        (tmp_path / f"{split}.json").write_text(json.dumps({"summary": summary}))
-    facts = facts_of_run(config, {"inputs": {"data": {"num_train": 10}}}, tmp_path)
+    evaluated(tmp_path, "test", accuracy=0.5, sample=True)
+    evaluated(tmp_path, "validation", accuracy=1.0)
+    facts = facts_of_run(config, {"fingerprint": "f", "inputs": {"data": {"num_train": 10}}}, tmp_path)
     card = model_card(spec, tokenizer, facts)
     assert front_matter(card)["base_model"] == "org/base-1b"
     assert front_matter(card)["license"] == "apache-2.0"
-    assert card.index("| validation | 100.0 % | 2 | 3.0 |") < card.index("| test | 50.0 % | 2 | 3.0 |")
+    first = card.index("| validation | 100.0 % | 2 | 3.0 | auto | greedy |")
+    second = card.index("| test | 50.0 % | 2 | 3.0 | auto | sampled, temperature 0.6, top-p 0.95, noisy latents |")
+    assert first < second
     assert "File `train.jsonl`, read as `records`; 10 training problems" in card
     assert "secret" not in card
-    assert "Decoding: sampled, temperature 0.6, top-p 0.95." in card
+
+
+def test_measurements_of_an_earlier_training_are_left_out(tmp_path: Path) -> None:
+    evaluated(tmp_path, "test", accuracy=0.5)
+    assert facts_of_run(Config(), {"fingerprint": "another"}, tmp_path).results == {}
 
 
 def test_a_local_base_model_is_not_named_as_a_hub_model(tmp_path: Path) -> None:
     config = Config(model=ModelConfig(name_or_path=str(tmp_path)))
-    assert facts_of_run(config, {}, tmp_path / "none").base_model is None
+    assert facts_of_run(config, {"fingerprint": "f"}, tmp_path / "none").base_model is None
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
+    evaluated(tmp_path, "test", accuracy=0.5)
     (tmp_path / "test.json").write_text("{")
     with pytest.raises(ArtefactError, match=r"test\.json: damaged JSON"):
-        facts_of_run(Config(), {}, tmp_path)
+        facts_of_run(Config(), {"fingerprint": "f"}, tmp_path)

@@ -142,7 +142,10 @@ def finished_run(checkpoint: Path, run: Path, *, finish: bool) -> Config:
 def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     config = finished_run(checkpoint, run, finish=True)
-    (run / "eval" / "latent-sft").mkdir(parents=True)
+    trained = json.loads((run / "stage2" / "manifest.json").read_text())["fingerprint"]
+    (run / "eval" / "latent-sft" / "test").mkdir(parents=True)
+    inputs = {"model": trained, "eval": {"sample": False, "temperature": 0.6, "top_p": 0.95}}
+    (run / "eval" / "latent-sft" / "test" / "manifest.json").write_text(json.dumps({"inputs": inputs}))
     summary = {"accuracy": 0.874, "accuracy_se": 0.0123, "num_examples": 500, "reasoning_steps_mean": 11.96}
     summary["grader"] = "numeric"
     (run / "eval" / "latent-sft" / "test.json").write_text(json.dumps({"summary": summary, "problems": []}))
@@ -150,7 +153,7 @@ def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> N
     assert out == run / "export"
     card = (out / "README.md").read_text()
     assert "# demo\n" in card
-    assert "| test | 87.4 % ± 1.2 | 500 | 12.0 | numeric |" in card
+    assert "| test | 87.4 % ± 1.2 | 500 | 12.0 | numeric | greedy |" in card
     assert "1,234 training problems" in card
 
 

@@ -44,7 +44,9 @@ PROMPTS = [[7, 8, 2], [9, 10, 11, 12, 13, 2], [5, 2], [20, 21, 22, 23, 2]]
 
 def model_of(family: str):
     torch.manual_seed(1)
-    sizes = {k: v for k, v in SIZES.items() if family != "gpt2" or not k.startswith(("hidden", "num_", "inter", "max_"))}
+    sizes = {
+        k: v for k, v in SIZES.items() if family != "gpt2" or not k.startswith(("hidden", "num_", "inter", "max_"))
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})).eval()
     with torch.no_grad():  # random tiny models write one token for ever; larger weights make them vary
         for parameter in model.parameters():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
+from latent_sft.workspace import Workspace
 
 STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
 
@@ -128,8 +129,12 @@ def test_gradient_checkpointing_changes_nothing(tiny_config, tmp_path):
     losses = [
         logged(
             train_stage(
-                tiny_config(f"run_dir={tmp_path / flag}", f"stage1.union.gradient_checkpointing={flag}",
-                            "stage1.encoder.enabled=false", "stage1.decoder.enabled=false"),
+                tiny_config(
+                    f"run_dir={tmp_path / flag}",
+                    f"stage1.union.gradient_checkpointing={flag}",
+                    "stage1.encoder.enabled=false",
+                    "stage1.decoder.enabled=false",
+                ),
                 "stage1-union",
             ).directory,
             "train/loss",
@@ -201,13 +206,15 @@ def test_disk_full_while_saving_the_final_model_loses_nothing(tiny_config, monke
     config = tiny_config()
     import latent_sft.models.load as load
 
+    work = Workspace(config)  # the base model is written before the disk fills up
+
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(load, "core", lambda lm: type("Full", (), {"save_pretrained": full})())
         with pytest.raises(ArtefactError, match="No space left on device"):
-            train_stage(config, "no-cot")
+            train_stage(config, "no-cot", work)
     folder = Path(config.directory) / "no-cot"
     assert last_checkpoint(folder) is not None  # training goes on from here
     assert not (folder / "final").exists()
