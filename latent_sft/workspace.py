@@ -1,4 +1,4 @@
-"""What every step of an experiment starts from: tokenizer, base model path, LatentSpec, tokenised splits, and the steps.
+"""What every step of an experiment starts from: tokenizer, base model, LatentSpec, tokenised splits, steps.
 
 Opened once a command; a second opening reads what the first one wrote (`<run>/base`, `<run>/data`).
 """

@@ -27,6 +27,7 @@ class Settings:
     temperature: float = 1.0
     projection: str = "input"
     marker_positions: str = "stretched"
+    exclude_end: bool = False
     normalisation: str = "token"
     ce_weight: float = 1.0
     kl_weight: float = 1.0
@@ -34,7 +35,7 @@ class Settings:
 
 # as the published code computes, and as the project does unless told otherwise
 PUBLISHED = Settings()
-DEFAULTS = Settings(marker_positions="transparent")
+DEFAULTS = Settings(marker_positions="transparent", exclude_end=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,8 +279,11 @@ def _causal(slots: Sequence[Slot], query: int, key: int) -> bool:
     return key <= query
 
 
-def _superposed(hidden: Tensor, projection: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _superposed(hidden: Tensor, projection: Tensor, settings: Settings, end: int) -> tuple[Tensor, Tensor]:
     logits = projection @ hidden
+    if settings.exclude_end:
+        allowed = torch.tensor([v != end for v in range(len(logits))])
+        logits = torch.where(allowed, logits, torch.full_like(logits, -math.inf))
     values, ids = torch.sort(logits, descending=True)
     kept = values[: settings.top_k].double() / settings.temperature
     return ids[: settings.top_k], torch.exp(kept - torch.logsumexp(kept, 0))
@@ -311,7 +315,7 @@ def encode(
     hidden = _hidden(encoder, inputs, slots, induction_visible)
     owner = decoder.get_input_embeddings() if settings.projection == "input" else decoder.get_output_embeddings()
     markers = [t for t, slot in enumerate(slots) if slot.kind == "marker"]
-    return [_superposed(hidden[t], owner.weight.detach(), settings) for t in markers]
+    return [_superposed(hidden[t], owner.weight.detach(), settings, example.end_think[0]) for t in markers]
 
 
 def stage1_loss(encoder: Any, marker: Tensor, decoder: Any, examples: Sequence[Example], settings: Settings) -> Tensor:
@@ -378,6 +382,7 @@ def decode(
     min_latents: int = 0,
     max_latents: int = 128,
     max_answer_tokens: int = 64,
+    exclude_end: bool = False,
 ) -> Thought:
     """Latent thinking, then a greedy answer (section 1.9); every step runs the whole sequence again.
 
@@ -397,7 +402,7 @@ def decode(
         most_likely = max(range(len(logits)), key=lambda v: logits[v])
         if most_likely == end_think[0] and len(latents) >= min_latents:
             break
-        if len(latents) < min_latents:
+        if exclude_end or len(latents) < min_latents:
             logits[end_think[0]] = -math.inf
         latents.append(superpose(logits, top_k, temperature))
         inputs.append(torch.tensor(mixture(latents[-1], table.tolist()), dtype=table.dtype))

@@ -198,6 +198,7 @@ class LatentConfig:
     segmentation: Literal["fixed", "step"] = "fixed"
     top_k: int = 10
     projection: Literal["input", "head"] = "input"
+    exclude_end: bool = True
     temperature: float = 1.0
     marker_positions: Literal["stretched", "transparent"] = "transparent"
     noise_scale: float = 0.0
@@ -279,7 +280,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Encoder against a frozen decoder, decoder against a frozen encoder, then both (paper section 3; three scripts)."""
+    """Encoder against a frozen decoder, decoder against a frozen encoder, then both (paper section 3)."""
 
     init: Literal["base", "cot"] = "base"
     """What encoder and decoder start from: the base model, or the `cot` stage's checkpoint."""

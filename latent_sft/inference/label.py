@@ -1,4 +1,6 @@
-"""Make the label store: the encoder's latents of every training row, shard by shard, resumable, by any number of processes."""
+"""Make the label store: the encoder's latents of every training row, shard by shard, resumable, by any number of
+processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solve tokenised problems with a trained model: explicit, without reasoning, with its own latents, or with gold ones."""
+"""Solve tokenised problems: with explicit CoT, without reasoning, with the model's own latents, or with gold ones."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Who may attend to whom, as boolean masks `[B, 1, T, T]`, True = may attend. The dense form is the definition.
 
 Derived from `kind` and `branch` of the layout, never from token values, so `pad == eos` is harmless. Order in the
-sequence is time: a position attends only to itself and to earlier positions. Every row attends at least to itself, so no
-softmax row is empty.
+sequence is time: a position attends only to itself and to earlier positions. Every row attends at least to itself,
+so no softmax row is empty.
 """
 
 from __future__ import annotations

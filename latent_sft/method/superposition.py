@@ -15,7 +15,7 @@ from latent_sft.method.types import Superposition
 NOISE_DRAWS = 8
 
 
-def superpose(logits: Tensor, top_k: int, temperature: float = 1.0) -> Superposition:
+def superpose(logits: Tensor, top_k: int, temperature: float = 1.0, exclude: int | None = None) -> Superposition:
     """Keep the `top_k` largest logits and weight them by their softmax (reference section 1.2).
 
         K = top-k(o),  alpha = softmax(o[K] / temperature)
@@ -26,10 +26,14 @@ def superpose(logits: Tensor, top_k: int, temperature: float = 1.0) -> Superposi
         logits: `[..., V]`.
         top_k: number of kept entries, 1..V.
         temperature: > 0; large values flatten the weights.
+        exclude: id that must not be part of the superposition, or None.
 
     Returns:
         Superposition of ids `[..., K]` (largest first) and weights `[..., K]`.
     """
+    if exclude is not None:
+        column = torch.arange(logits.shape[-1], device=logits.device) == exclude
+        logits = logits.masked_fill(column, float("-inf"))
     kept, ids = logits.topk(top_k, dim=-1)
     precise = kept.dtype if kept.dtype == torch.float64 else torch.float32
     return Superposition(ids, torch.softmax(kept.to(precise) / temperature, dim=-1))

@@ -71,8 +71,8 @@ def latent_step(
     thinking = state.phase == THINK
     wants_stop = (logits.argmax(-1) == end) & (state.num_steps >= spec.min_latents)
     stops = thinking & (wants_stop | (state.num_steps >= spec.max_latents))
-    # before min_latents the end token may not be part of a latent, else its top-1 could be the end token
-    held = thinking & (state.num_steps < spec.min_latents)
+    # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
+    held = spec.exclude_end | (thinking & (state.num_steps < spec.min_latents))
     columns = torch.arange(logits.shape[-1], device=logits.device) == end
     latent = superpose(logits.masked_fill(held[:, None] & columns, float("-inf")), spec.top_k, spec.decode_temperature)
     if draws is not None:
@@ -98,7 +98,7 @@ def explicit_step(
 ) -> tuple[Superposition, ThinkState]:
     """Choose what every row is fed next when thinking is written out: the same phases with K = 1.
 
-    The row leaves THINK when its last tokens spell the whole `</think>`; after `max_tokens` tokens the delimiter is fed.
+    The row leaves THINK when its last tokens spell the whole `</think>`; after `max_tokens` tokens it is fed instead.
     An EOS written while thinking ends the row without an answer.
 
     Args:

@@ -60,6 +60,8 @@ class LatentSpec:
         top_k: kept vocabulary entries of a latent (published code: 10; paper: the full vocabulary).
         projection: table that turns hidden states into logits over the vocabulary: `input` (published code) or
             `head` (paper). The same for tied models.
+        exclude_end: keep the first token of `</think>` out of every latent (published: no). Where an encoder is free to
+            use it, some labels have it as their top-1, and a student that learns such a label stops thinking there.
         temperature: of the superposition softmax in the encoder (published: 1).
         marker_positions: `stretched` (published: plain 0..T-1 over text and markers) or `transparent` (a marker
             takes the position of the CoT token before it, so the text keeps its own positions).
@@ -84,6 +86,7 @@ class LatentSpec:
     segmentation: str = "fixed"
     top_k: int = 10
     projection: str = "input"
+    exclude_end: bool = True
     temperature: float = 1.0
     marker_positions: str = "transparent"
     noise_scale: float = 0.0

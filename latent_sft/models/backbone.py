@@ -1,7 +1,8 @@
 """What the method needs from any Hugging Face causal decoder, through the library's own accessors.
 
-Embedding, last hidden states under a given mask, and the head. No family names: the three scalars that some families put
-between hidden states and logits are read from their configuration, and `check_head` compares with the model's own logits.
+Embedding, last hidden states under a given mask, and the head. No family names: the three scalars that some families
+put between hidden states and logits are read from their configuration, and `check_head` compares with the model's own
+logits.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def check_window(lm: nn.Module, length: int) -> None:
     slides = window is not None and (layers is None or "sliding_attention" in layers)
     if slides and length > window:
         raise ConfigError(
-            f"model: sliding-window attention of {window} with a stage-1 sequence of {length} tokens. The induction and "
-            "supervision masks need full attention. Use shorter CoTs (data.max_cot_tokens) or a model without windows."
+            f"model: sliding-window attention of {window} with a stage-1 sequence of {length} tokens. The induction "
+            "and supervision masks need full attention. Use shorter CoTs (data.max_cot_tokens) or a model without windows."
         )
 
 

@@ -36,8 +36,8 @@ def vocabulary_size(path: str | Path, config: ModelConfig) -> int:
         return int(AutoConfig.from_pretrained(path, **_hub_options(config)).get_text_config().vocab_size)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by transformers or "
-            "the name of a Hub model (needs network, or a local cache)."
+            f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by "
+            "transformers or the name of a Hub model (needs network, or a local cache)."
         ) from error
 
 

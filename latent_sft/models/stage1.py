@@ -46,7 +46,8 @@ class Stage1Model(nn.Module):
         hidden = hidden_states(self.encoder, embeds, induction_mask(kind), batch["encoder_position"])
         index = batch["marker_index"][..., None].expand(-1, -1, hidden.shape[-1])
         at_markers = hidden.gather(1, index)
-        return superpose(self.project(at_markers), self.spec.top_k, self.spec.temperature)
+        exclude = self.spec.end_think_ids[0] if self.spec.exclude_end else None
+        return superpose(self.project(at_markers), self.spec.top_k, self.spec.temperature, exclude)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits `[..., V]` of marker states over the decoder's table, which is not trained through them."""

@@ -1,4 +1,4 @@
-"""The training loop is transformers' Trainer; what is ours: the loss, its denominators, what is saved, what is logged."""
+"""The training loop is transformers' Trainer; ours are the loss, its denominators, what is saved and what is logged."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class LatentTrainer(Trainer):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged value to `metrics.jsonl` and TensorBoard, and keeps the seconds of training across resumes."""
+    """Appends every logged value to `metrics.jsonl` and TensorBoard, and keeps the training clock across resumes."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder, self.seconds, self.began = folder, seconds, time.monotonic()

@@ -179,6 +179,7 @@ def scripts(draw: st.DrawFn) -> tuple[Tensor, LatentSpec]:
         max_latents=max_latents,
         min_latents=draw(st.integers(0, max_latents)),
         decode_temperature=draw(st.sampled_from([0.5, 1.0, 2.0])),
+        exclude_end=draw(st.booleans()),
     )
     script = torch.randn(draw(st.integers(1, 4)), 14, VOCAB, generator=generator)
     script[..., END] += 0.8
@@ -201,6 +202,7 @@ def test_every_row_of_a_batch_decodes_as_the_reference_does_alone(drawn: tuple[T
             min_latents=spec.min_latents,
             max_latents=spec.max_latents,
             max_answer_tokens=spec.max_answer_tokens,
+            exclude_end=spec.exclude_end,
         )
         assert len(row.latents) == len(expected.latents)
         for mine, theirs in zip(row.latents, expected.latents, strict=True):

@@ -58,7 +58,7 @@ def llama(seed: int, tied: bool) -> LlamaForCausalLM:
 
 
 def make_spec(settings: Settings, **changes: Any) -> LatentSpec:
-    values = {name: getattr(settings, name) for name in ("rate", "top_k", "temperature", "projection")}
+    values = {name: getattr(settings, name) for name in ("rate", "top_k", "temperature", "projection", "exclude_end")}
     return LatentSpec(
         **{
             **values,
@@ -152,7 +152,7 @@ def assert_stage1_equals_reference(model: Stage1Model, examples: list[Example], 
 
 def test_settings_named_defaults_are_the_projects_defaults() -> None:
     latent, train = LatentConfig(), TrainConfig()
-    for name in ("rate", "top_k", "temperature", "projection", "marker_positions"):
+    for name in ("rate", "top_k", "temperature", "projection", "marker_positions", "exclude_end"):
         assert getattr(DEFAULTS, name) == getattr(latent, name), name
     for name in ("normalisation", "ce_weight", "kl_weight"):
         assert getattr(DEFAULTS, name) == getattr(train, name), name
@@ -355,6 +355,7 @@ def test_batched_cached_decoding_equals_the_reference(seed: int, limits: dict[st
             min_latents=spec.min_latents,
             max_latents=spec.max_latents,
             max_answer_tokens=spec.max_answer_tokens,
+            exclude_end=spec.exclude_end,
         )
         assert found.num_steps == len(expected.latents)
         assert found.answer_ids == expected.answer
