@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,33 +13,37 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from latent_sft.cli import main
+from latent_sft.config.load import load_config, to_yaml
 from latent_sft.data.labels import LabelStore
+from latent_sft.inference.label import make_labels
 
-CLI = [sys.executable, "-m", "latent_sft.cli"]
-UNION = ["stage1.init=cot", "stage1.encoder.enabled=false", "stage1.decoder.enabled=false"]
+COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 
 
 def config_file(folder: Path, *settings: str) -> Path:
-    from latent_sft.config.load import load_config, to_yaml
-
     path = folder / "tiny.yaml"
     path.write_text(to_yaml(load_config(None, [*TINY, "name=tiny", f"run_dir={folder / 'run'}", *settings])))
     return path
 
 
-def call(*words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A whole experiment, all three phases of stage 1, by `latent-sft run`."""
+    """A whole experiment, all three phases of stage 1, by `latent-sft run` in a process of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    done = call("run", config_file(folder, "stage1.init=cot"))
+    words = [*COMMAND, "run", str(config_file(folder, "stage1.init=cot", "labels.shard_size=4"))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "latent-sft" in done.stdout
     return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished experiment that a test may spoil; its configuration file points to it."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    config_file(tmp_path, "stage1.init=cot", "labels.shard_size=4")
+    return tmp_path
 
 
 def test_run_writes_everything(finished):
@@ -63,93 +68,100 @@ def test_run_writes_everything(finished):
     )
 
 
-def test_a_second_run_does_nothing_again(finished):
+def test_a_second_run_does_nothing_again(finished, caplog):
     run = finished / "run"
     before = {p: p.stat().st_mtime_ns for p in run.glob("*/final/**/*.safetensors")}
-    done = call("run", finished / "tiny.yaml")
-    assert done.stderr.count("finished already, skipped") == 7  # six stages and the labels
+    with caplog.at_level("INFO", logger="latent_sft"):
+        assert main(["run", str(finished / "tiny.yaml")]) == 0
+    assert caplog.text.count("finished already, skipped") == 7  # six stages and the labels
     assert {p: p.stat().st_mtime_ns for p in run.glob("*/final/**/*.safetensors")} == before
 
 
-def test_plan_lists_the_steps_as_commands(finished):
-    out = call("plan", finished / "tiny.yaml").stdout
+def test_plan_lists_the_steps_as_commands(finished, capsys):
+    assert main(["plan", str(finished / "tiny.yaml")]) == 0
+    out = capsys.readouterr().out
     order = [out.index(f"train {stage}") for stage in ("no-cot", "cot", "stage1-encoder", "stage1-union", "stage2")]
     assert order == sorted(order)
     assert "finished" in out
 
 
-def test_generate_shows_latents_and_answer(finished):
-    problem = "bob has 3 . wins 2 . how many ?"
-    for checkpoint in ("stage2/final", "export", "cot/final"):
-        found = json.loads(call("generate", finished / "run" / checkpoint, problem, "--json").stdout)
-        assert "answer" in found
-    shown = call("generate", finished / "run" / "export", problem).stdout
-    assert "answer" in shown.lower()
+@pytest.mark.parametrize("checkpoint", ["stage2/final", "export", "cot/final", "no-cot/final"])
+def test_generate_shows_latents_and_answer(finished, checkpoint, capsys):
+    folder, problem = str(finished / "run" / checkpoint), "bob has 3 . wins 2 . how many ?"
+    assert main(["generate", folder, problem, "--json"]) == 0
+    assert "answer" in json.loads(capsys.readouterr().out)
+    assert main(["generate", folder, problem]) == 0
+    assert "answer" in capsys.readouterr().out.lower()
 
 
-def test_another_experiment_in_the_same_folder_is_refused(finished):
-    done = call("run", finished / "tiny.yaml", "latent.rate=4", status=2)
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "latent.rate was 2, now 4" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_another_experiment_in_the_same_folder_is_refused(finished, capsys):
+    assert main(["run", str(finished / "tiny.yaml"), "latent.rate=4"]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("error: ")
+    assert "latent.rate was 2, now 4" in error
+    assert "Traceback" not in error
 
 
-def test_labels_of_another_rate_and_a_corrupted_shard_are_refused(tmp_path):
-    config = config_file(tmp_path, *UNION, "no_cot.enabled=false")
-    for words in (("train", "cot"), ("train", "stage1-union"), ("label",)):
-        call(*words, config)
-    shard = tmp_path / "run" / "labels" / "store" / "labels-00001.arrow"
+def test_a_corrupted_label_shard_is_refused_before_anything_is_written(copied, capsys):
+    shutil.rmtree(copied / "run" / "stage2")
+    shard = copied / "run" / "labels" / "store" / "labels-00001.arrow"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0xFF
     shard.write_bytes(bytes(data))
-    assert "labels-00001.arrow" in call("train", "stage2", config, status=2).stderr
-    assert not (tmp_path / "run" / "stage2" / "manifest.json").exists()
+    assert main(["train", "stage2", str(copied / "tiny.yaml")]) == 2
+    assert "labels-00001.arrow" in capsys.readouterr().err
+    assert not (copied / "run" / "stage2").exists()
 
 
-def test_labels_resume_after_a_kill(tmp_path):
-    config = config_file(tmp_path, *UNION, "no_cot.enabled=false", "labels.shard_size=2", "labels.batch_size=1")
-    for stage in ("cot", "stage1-union"):
-        call("train", stage, config)
-    store = tmp_path / "run" / "labels" / "store"
-    job = subprocess.Popen([*CLI, "label", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while len(list(store.glob("labels-*.json"))) < 5 and time.monotonic() < end and job.poll() is None:
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+def test_labels_of_another_rate_are_refused(copied, capsys):
+    """Somebody else's store put in place of ours: same rows, other settings."""
+    shutil.rmtree(copied / "run" / "stage2")
+    manifest = copied / "run" / "labels" / "store" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rate": 2', '"rate": 4'))
+    assert main(["train", "stage2", str(copied / "tiny.yaml")]) == 2
+    assert "rate" in capsys.readouterr().err
+
+
+def test_labels_resume_after_a_kill(copied):
+    """Batches of one row and shards of four: the kill falls between the first shard and the last."""
+    config = str(copied / "tiny.yaml")
+    shutil.rmtree(copied / "run" / "labels")
+    store = copied / "run" / "labels" / "store"
+    words = [*COMMAND, "label", config, "labels.batch_size=1"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        end = time.monotonic() + 120
+        while len(list(store.glob("labels-*.json"))) < 3 and time.monotonic() < end and job.poll() is None:
+            time.sleep(0.005)
+        job.send_signal(signal.SIGKILL)
     done = {p: p.stat().st_mtime_ns for p in store.glob("labels-*.json")}
-    assert 5 <= len(done) < 60, "the kill came too late to show anything"
-    call("label", config)
+    assert 3 <= len(done) < 30, "the kill came too late to show anything"
+    assert main(["label", config]) == 0
     assert len(LabelStore(store)) == 120
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in done.items())
 
 
-def test_several_processes_make_the_same_labels(tmp_path):
-    stores = []
-    for name, processes in (("one", 1), ("two", 2)):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = config_file(folder, *UNION, "no_cot.enabled=false", f"labels.num_processes={processes}")
-        for words in (("train", "cot"), ("train", "stage1-union"), ("label",)):
-            call(*words, config)
-        stores.append([p.read_bytes() for p in sorted((folder / "run" / "labels" / "store").glob("*.arrow"))])
-    assert len(stores[0]) == 3
-    assert stores[0] == stores[1]
+def test_two_processes_make_the_same_labels(copied):
+    config = load_config(copied / "tiny.yaml", ["labels.num_processes=2"])
+    store = copied / "run" / "labels" / "store"
+    before = [p.read_bytes() for p in sorted(store.glob("*.arrow"))]
+    shutil.rmtree(copied / "run" / "labels")
+    make_labels(config)
+    assert len(before) == 30
+    assert [p.read_bytes() for p in sorted(store.glob("*.arrow"))] == before
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("settings", "message"),
     [
-        ("latent.rte=3", "Did you mean 'latent.rate'?"),
-        ("latent.rate=0", "latent.rate: got 0"),
-        ("latent.top_k=5000", "latent.top_k: got 5000, expected 1 to"),
-        ("data.train=nothing.jsonl", "nothing.jsonl"),
-        ("model.name_or_path=./nowhere", "model.name_or_path"),
+        (["latent.rte=3"], "Did you mean 'latent.rate'?"),
+        (["latent.rate=0"], "latent.rate: got 0"),
+        (["latent.top_k=5000"], "latent.top_k: got 5000, expected 1 to"),
+        (["data.train=nothing.jsonl", "data.test="], "nothing.jsonl: no such file"),
+        (["model.name_or_path=./nowhere"], "model.name_or_path"),
     ],
 )
-def test_mistakes_give_one_message_and_status_two(tmp_path, setting, message):
-    done = call(
-        "train", "cot", config_file(tmp_path), setting, *(["data.test="] if "train=" in setting else []), status=2
-    )
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_give_one_message_and_status_two(tmp_path, settings, message, capsys):
+    assert main(["train", "cot", str(config_file(tmp_path)), *settings]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

@@ -1,8 +1,8 @@
 """Tokenised rows -> padded batches. One function a model; the layout itself is `latent_sft.method.layout`.
 
-A batch is a dictionary of CPU tensors. Labelled positions are listed flat (`target_index` into
-the `[B*T]` positions, `targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `counts` `[2]` holds the
-denominators of the cross-entropy and of the KL; the trainer sums it over the global batch.
+A batch is a dictionary of CPU tensors. Labelled positions are listed flat (`target_index` into the `[B*T]` positions,
+`targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `counts` `[2]` holds
+the denominators of the cross-entropy and of the KL; the trainer sums it over the global batch.
 """
 
 from __future__ import annotations

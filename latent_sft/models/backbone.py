@@ -81,7 +81,7 @@ def check_window(lm: nn.Module, length: int) -> None:
     if slides and length > window:
         raise ConfigError(
             f"model: sliding-window attention of {window} with a stage-1 sequence of {length} tokens. The induction "
-            "and supervision masks need full attention. Use shorter CoTs (data.max_cot_tokens) or a model without windows."
+            "and supervision masks need full attention. Use shorter CoTs (data.max_cot_tokens) or another model."
         )
 
 

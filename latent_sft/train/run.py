@@ -65,6 +65,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
+    collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
     if processes().is_main_process:
         step.begin(config.seed)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
@@ -76,7 +77,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         args=_arguments(train, step.directory, config.seed, len(work.data["train"])),
         train_dataset=work.data["train"],
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
-        data_collator=stage.collate(work, train),
+        data_collator=collate,
         callbacks=callbacks,
         ce_weight=train.ce_weight,
         kl_weight=train.kl_weight,
