@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from latent_sft.config.compat import PUBLISHED
 from latent_sft.config.schema import Config
 from latent_sft.errors import ConfigError, did_you_mean
 
@@ -38,6 +39,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it.") from error
         layers.append((f"override {text!r}", layer))
     merged = OmegaConf.structured(Config)
+    if any(OmegaConf.select(layer, "compat") == "published" for _, layer in layers):
+        merged = OmegaConf.merge(merged, PUBLISHED)
     for where, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)

@@ -359,6 +359,9 @@ class Config:
     """One experiment."""
 
     name: str = "experiment"
+    compat: Literal["none", "published"] = "none"
+    """published: the defaults become what the published code computes (see `config/compat.py`); what the file or the
+    command line says still wins."""
     run_dir: str = ""
     """Empty: runs/<name>."""
     seed: int = 0

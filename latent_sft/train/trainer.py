@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from latent_sft.method.types import Superposition
 from latent_sft.train.sampler import LengthBucketSampler
 
 Metrics = dict[str, float]
+
+log = logging.getLogger(__name__)
 
 
 class LatentTrainer(Trainer):
@@ -55,7 +58,7 @@ class LatentTrainer(Trainer):
         self.ce_weight, self.kl_weight, self.end_id = ce_weight, kl_weight, end_id
         self.evaluate_with = evaluate_with
         self._sums: dict[str, Tensor] = {}
-        self._since, self._logged_step = time.monotonic(), 0
+        self._since, self._logged_step, self._warned = time.monotonic(), 0, False
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor | None:
         """Return `[2]`: denominators of cross-entropy and KL over the global batch."""
@@ -124,6 +127,7 @@ class LatentTrainer(Trainer):
             if "latents" in sums:
                 logs["latent_entropy"] = sums["latent_entropy"] / sums["latents"]
                 logs["end_share"] = sums["end_share"] / sums["latents"]
+            self._warn_of_collapse(logs)
             self._sums, self._since, self._logged_step = {}, now, self.state.global_step
             if not torch.isfinite(torch.tensor(logs["loss"])):
                 raise TrainingError(
@@ -131,6 +135,21 @@ class LatentTrainer(Trainer):
                     "(max_grad_norm) or train in float32; the last checkpoint is intact."
                 )
         super().log(logs, start_time)
+
+    def _warn_of_collapse(self, logs: dict[str, float]) -> None:
+        # once: a collapse that begins does not go away by itself, and the numbers are in the log
+        past_warm_up = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps)
+        collapsed = logs.get("end_share", 0.0) > 0.5 or logs.get("latent_entropy", 1.0) < 0.02
+        if collapsed and past_warm_up and not self._warned:
+            self._warned = True
+            log.warning(
+                "step %d: the latents are collapsing (%.0f %% have </think> as top-1, mean entropy %.3f nats). Raise "
+                "latent.temperature, keep latent.exclude_end=true, start from the cot stage, or train both halves "
+                "together (docs/pipeline.md).",
+                self.state.global_step,
+                100 * logs.get("end_share", 0.0),
+                logs.get("latent_entropy", 0.0),
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Metrics:
         """Decode answers on validation and log accuracy; replaces the Trainer's loss-only evaluation."""

@@ -188,3 +188,15 @@ def test_omegaconf_knows_literal() -> None:
     assert OmegaConf.to_object(node) == WithLiteral(choice="b")
     with pytest.raises(ValidationError, match="expected one of"):
         OmegaConf.merge(OmegaConf.structured(WithLiteral), {"choice": "c"})
+
+
+def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) -> None:
+    """defaults <- published <- file <- command line."""
+    path = tmp_path / "c.yaml"
+    path.write_text("compat: published\nlatent: {marker_positions: transparent}\n")
+    config = load_config(path, ["latent.noise_scale=0.5"])
+    assert (config.latent.exclude_end, config.latent.temperature) == (False, 1.0)
+    assert config.latent.marker_positions == "transparent"
+    assert config.latent.noise_scale == 0.5
+    assert load_config(None).latent.exclude_end is True
+    assert load_config(None, ["compat=published"]).latent.marker_positions == "stretched"

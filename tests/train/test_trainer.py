@@ -220,3 +220,12 @@ def test_disk_full_while_saving_the_final_model_loses_nothing(tiny_config, monke
     assert not (folder / "final").exists()
     assert train_stage(config, "no-cot").results()["steps"] == 4
     shutil.rmtree(folder)
+
+
+def test_a_collapse_is_said_once(tiny_config, caplog):
+    """A superposition temperature near zero puts all weight on one token: entropy 0."""
+    config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false", "latent.temperature=1e-4")
+    with caplog.at_level("WARNING", logger="latent_sft"):
+        train_stage(config, "stage1-union")
+    assert caplog.text.count("the latents are collapsing") == 1
+    assert "latent.temperature" in caplog.text
