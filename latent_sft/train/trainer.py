@@ -197,7 +197,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line and the scalars."""
-        if self.board is None:
+        if self.board is None or "train_runtime" in (logs or {}):  # the Trainer's closing summary is no curve
             return
         scalars = {k: v for k, v in rewrite_logs(dict(logs or {})).items() if isinstance(v, int | float)}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
