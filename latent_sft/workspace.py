@@ -30,6 +30,16 @@ from latent_sft.runs import Step, fingerprint, write_atomically, write_json
 log = logging.getLogger(__name__)
 
 STAGE1_PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
+# what decides the encoder's latents; noise and limits of decoding do not
+_ENCODER_SETTINGS = (
+    "rate",
+    "segmentation",
+    "top_k",
+    "projection",
+    "exclude_end",
+    "temperature",
+    "marker_positions",
+)
 # settings that say how a stage is watched, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_total_limit")
 
@@ -89,8 +99,10 @@ class Workspace:
             "dtype": self.config.model.dtype,
             "train": settings,
         }
+        if name in STAGE1_PHASES:
+            inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
         if name not in ("no-cot", "cot"):
-            inputs["latent"] = dataclasses.asdict(self.config.latent)
+            inputs["latent"] = self._latent_settings(name)
             source = self.source_of(name)
             inputs["source"] = source.fingerprint if source else "base"
         return Step(directory=self.directory / name, inputs=inputs)
@@ -117,7 +129,7 @@ class Workspace:
             "step": "label",
             "encoder": source.fingerprint,
             "data": self._data_identity(),
-            "latent": dataclasses.asdict(self.config.latent),
+            "latent": self._latent_settings("label"),
             "dtype": self.config.labels.dtype,
             "shard_size": self.config.labels.shard_size,
         }
@@ -129,12 +141,14 @@ class Workspace:
         return {
             "encoder": step.inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "rate": self.spec.rate,
-            "segmentation": self.spec.segmentation,
-            "top_k": self.spec.top_k,
-            "temperature": self.spec.temperature,
-            "spec": self.spec.fingerprint(),
+            **self._latent_settings("label"),
         }
+
+    def _latent_settings(self, name: str) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.config.latent)
+        if name == "stage2":
+            return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
+        return {k: settings[k] for k in _ENCODER_SETTINGS}
 
     def save_spec(self, folder: Path, thinker: str) -> None:
         """Write the spec beside a model, and how it thinks: `latent`, `explicit` or `none`."""

@@ -284,9 +284,18 @@ class Stage1Config:
 
     init: Literal["base", "cot"] = "base"
     """What encoder and decoder start from: the base model, or the `cot` stage's checkpoint."""
+    noise_scale: float = 0.0
+    """Gumbel noise on the latents while stage 1 trains (published: 0). The student of stage 2 reproduces latents only
+    nearly; a decoder that has read noisy ones still reads those."""
+    noise_start: float = 0.5
+    """Share of a phase's steps before that noise begins; from the first step on it keeps a phase from converging."""
     encoder: TrainConfig = field(default_factory=TrainConfig)
     decoder: TrainConfig = field(default_factory=TrainConfig)
     union: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        need(self.noise_scale >= 0, "stage1.noise_scale", self.noise_scale, "a number >= 0")
+        need(0 <= self.noise_start < 1, "stage1.noise_start", self.noise_start, "0 <= share < 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_sft.method.types import Superposition
+from latent_sft.method.types import LatentSpec, Superposition
 
 # Independent draws tried per position before the clean weights are taken; a position that fails all of them has a
 # failure chance p with p**8 small, or its clean top-1 is the end token already.
@@ -106,6 +106,20 @@ def perturb(
     first = accepted.int().argmax(0)  # index of the first accepted draw; 0 where there is none
     chosen = tries.gather(0, first[None, ..., None].expand(1, *weights.shape)).squeeze(0)
     return Superposition(ids, torch.where(accepted.any(0)[..., None], chosen, weights))
+
+
+def with_noise(latent: Superposition, spec: LatentSpec, scale: float) -> Superposition:
+    """Return the superposition with fresh noise from the global generator, as `perturb`; scale 0 draws nothing."""
+    if scale == 0:
+        return latent
+    return perturb(
+        latent,
+        gumbel((NOISE_DRAWS, *latent.weights.shape), None, latent.weights.device),
+        scale=scale,
+        temperature=spec.noise_temperature,
+        clip=spec.noise_clip,
+        end_id=spec.end_think_ids[0],
+    )
 
 
 def entropy(latent: Superposition) -> Tensor:

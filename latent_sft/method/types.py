@@ -65,7 +65,7 @@ class LatentSpec:
         temperature: of the superposition softmax in the encoder (published: 1).
         marker_positions: `stretched` (published: plain 0..T-1 over text and markers) or `transparent` (a marker
             takes the position of the CoT token before it, so the text keeps its own positions).
-        noise_scale: Gumbel noise multiplier; 0 turns noise off (published: 1).
+        noise_scale: Gumbel noise multiplier on stage-2 labels and sampled latents; 0 turns it off (published: 1).
         noise_temperature: softmax temperature after the noise (published: 1).
         noise_clip: the scaled noise is clamped to this range (published: -1.5, 3.0).
         decode_temperature: of the softmax over the student's top-k logits while thinking (published: 1).

@@ -13,7 +13,7 @@ from latent_sft.data.collate import Batch
 from latent_sft.method.layout import Kind
 from latent_sft.method.losses import weighted_cross_entropy
 from latent_sft.method.masks import induction_mask, supervision_mask
-from latent_sft.method.superposition import superpose
+from latent_sft.method.superposition import superpose, with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import embed, head, head_table, hidden_states, input_table, mix_latents
 
@@ -36,6 +36,7 @@ class Stage1Model(nn.Module):
         self.decoder = decoder
         self.marker = nn.Parameter(marker.clone())
         self.spec = spec
+        self.noise_scale = 0.0  # raised while training, by a callback
 
     def encode(self, batch: Batch) -> Superposition:
         """Return the latents `[B, N, K]` of a batch made by `encoder_batch` (padded slots hold arbitrary values)."""
@@ -61,7 +62,7 @@ class Stage1Model(nn.Module):
         Returns:
             `ce_total` scalar; `latent_weights`, `latent_ids` `[B, N, K]` detached, for the logs.
         """
-        latent = self.encode(batch)
+        latent = with_noise(self.encode(batch), self.spec, self.noise_scale if self.training else 0.0)
         embeds = embed(self.decoder, batch["ids"])
         # every latent position looks up its own latent by branch number: no loop, no device sync
         slot = batch["branch"].clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from latent_sft.method.layout import Kind
 from latent_sft.method.losses import weighted_cross_entropy, weighted_sparse_kl
-from latent_sft.method.superposition import NOISE_DRAWS, gumbel, perturb
+from latent_sft.method.superposition import with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import embed, head, hidden_states, mix_latents
 
@@ -22,7 +22,8 @@ class Stage2Model(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total` and `kl_total`, weighted sums; see `latent_sft.data.collate.stage2_batch`."""
-        latent = self.noisy(Superposition(batch["latent_ids"], batch["latent_weights"]))
+        latent = Superposition(batch["latent_ids"], batch["latent_weights"])
+        latent = with_noise(latent, self.spec, self.spec.noise_scale if self.training else 0.0)
         embeds = embed(self.lm, batch["ids"])
         slot = batch["branch"].clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
         placed = mix_latents(self.lm, latent).to(embeds.dtype).gather(1, slot)
@@ -33,17 +34,3 @@ class Stage2Model(nn.Module):
         teacher = Superposition(*(part.flatten(0, 1)[batch["kl_latent"]] for part in latent))
         kl = weighted_sparse_kl(to_logits(hidden[batch["kl_index"]]), teacher, batch["kl_weights"])
         return {"ce_total": ce, "kl_total": kl}
-
-    def noisy(self, latent: Superposition) -> Superposition:
-        """Return the labels with fresh Gumbel noise while training, as they are otherwise."""
-        spec = self.spec
-        if not self.training or spec.noise_scale == 0:
-            return latent
-        return perturb(
-            latent,
-            gumbel((NOISE_DRAWS, *latent.weights.shape), None, latent.weights.device),
-            scale=spec.noise_scale,
-            temperature=spec.noise_temperature,
-            clip=spec.noise_clip,
-            end_id=spec.end_think_ids[0],
-        )

@@ -22,9 +22,10 @@ from latent_sft.config.schema import Config, TrainConfig
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
+from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
 from latent_sft.train.stages import STAGES, validation_metrics
-from latent_sft.train.trainer import LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.train.trainer import LateNoise, LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     callbacks: list[TrainerCallback] = [metrics]
     if train.stop_at_accuracy:
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
+    if config.stage1.noise_scale and isinstance(model, Stage1Model):
+        callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
     trainer = LatentTrainer(
         model=model,
         args=_arguments(train, step.directory, config.seed, len(work.data["train"])),

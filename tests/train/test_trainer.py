@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
+from latent_sft.train.stages import load_stage1
 from latent_sft.workspace import Workspace
 
 STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
@@ -229,3 +231,22 @@ def test_a_collapse_is_said_once(tiny_config, caplog):
         train_stage(config, "stage1-union")
     assert caplog.text.count("the latents are collapsing") == 1
     assert "latent.temperature" in caplog.text
+
+
+def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config):
+    """Half of four steps without noise: equal losses; then other losses. Labels and validation see clean latents."""
+    losses = []
+    for scale in (0.0, 2.0):
+        config = tiny_config(
+            f"run_dir={tiny_config().directory}-{scale}",
+            "stage1.encoder.enabled=false",
+            "stage1.decoder.enabled=false",
+            f"stage1.noise_scale={scale}",
+        )
+        losses.append(logged(train_stage(config, "stage1-union").directory, "train/loss"))
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] != losses[1][2]
+    model = load_stage1(Workspace(config), Path(config.directory) / "stage1-union" / "final").eval()
+    model.noise_scale = 2.0
+    batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
+    assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
