@@ -20,8 +20,11 @@ def build_command(stage: str, config_path: str | Path, overrides: Sequence[str],
     The interpreter is the running one, so that the workers use the same environment; `--standalone` lets torchrun
     pick a free port, so that two jobs on one machine do not meet.
     """
+    stage_command = ["-m", "latent_sft.cli", "train", stage, str(config_path), *overrides]
+    if launch.nproc == 1:
+        return [sys.executable, *stage_command]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
-    return [*torchrun, "-m", "latent_sft.cli", "train", stage, str(config_path), *overrides]
+    return [*torchrun, *stage_command]
 
 
 def is_worker(environ: Mapping[str, str] = os.environ) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,23 @@ def run_experiment(config: Config) -> dict[str, Any]:
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
     names = steps(config)
-    for number, name in enumerate(names, 1):
-        log.info("[%d/%d] %s", number, len(names), name)
-        if name == "label":
-            make_labels(config, work)
-        elif name == "eval":
-            evaluate(config, work=work)
-        elif name == "report":
-            report = write_report(directory, title=config.name)
-        elif name == "export":
-            export_run(config, directory / "export")
-        else:
-            _train(config, name, work)
-        _save_seconds(directory, before + time.monotonic() - began)
+    with _Baseline(config, work) as baseline:
+        for number, name in enumerate(names, 1):
+            log.info("[%d/%d] %s", number, len(names), name)
+            if name == "label":
+                make_labels(config, work)
+            elif name == "eval":
+                baseline.wait()
+                evaluate(config, work=work)
+            elif name == "report":
+                report = write_report(directory, title=config.name)
+            elif name == "export":
+                export_run(config, directory / "export")
+            elif name == "no-cot" and config.launch.concurrent_baseline:
+                baseline.start()
+            else:
+                _train(config, name, work)
+            _save_seconds(directory, before + time.monotonic() - began)
     summary = _summary(config, work, before + time.monotonic() - began)
     write_json(directory / "summary.json", summary)
     _show(summary, report)
@@ -64,6 +69,38 @@ def _train(config: Config, name: str, work: Workspace) -> None:
         raise TrainingError(
             f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above."
         )
+
+
+class _Baseline:
+    """The no-cot stage in a process of its own, beside the stages that do not wait for it."""
+
+    def __init__(self, config: Config, work: Workspace) -> None:
+        self.step, self.job = work.step("no-cot"), None
+        self.console = self.step.directory / "console.log"
+        self.command = build_command("no-cot", work.directory / "config.yaml", [], config.launch)
+
+    def start(self) -> None:
+        """Start it, unless it is finished."""
+        if self.step.is_finished():
+            log.info("no-cot: finished already, skipped (%s)", self.step.directory)
+            return
+        log.info("no-cot: trains beside the next stages; its output is in %s", self.console)
+        self.console.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.console, "ab") as console:
+            self.job = subprocess.Popen(self.command, stdout=console, stderr=subprocess.STDOUT)
+
+    def wait(self) -> None:
+        """Wait for its end; its failure is ours."""
+        if self.job is not None and self.job.wait() != 0:
+            raise TrainingError(f"no-cot: ended with status {self.job.returncode}; its messages are in {self.console}.")
+
+    def __enter__(self) -> _Baseline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.job is not None and self.job.poll() is None:
+            self.job.terminate()  # the run failed or was interrupted; the stage resumes with the next one
+            self.job.wait()
 
 
 def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:

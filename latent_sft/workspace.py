@@ -71,6 +71,8 @@ class Workspace:
             self._open(config)
 
     def _open(self, config: Config) -> None:
+        if config.launch.cpu_threads:
+            torch.set_num_threads(config.launch.cpu_threads)
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))

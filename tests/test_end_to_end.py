@@ -18,6 +18,7 @@ from latent_sft.config.load import load_config, to_yaml
 from latent_sft.data.labels import LabelStore
 from latent_sft.inference.label import make_labels
 
+SETTINGS = ("stage1.init=cot", "labels.shard_size=4", "launch.concurrent_baseline=true", "launch.cpu_threads=1")
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 
 
@@ -31,7 +32,7 @@ def config_file(folder: Path, *settings: str) -> Path:
 def finished(tmp_path_factory) -> Path:
     """A whole experiment, all three phases of stage 1, by `latent-sft run` in a process of its own."""
     folder = tmp_path_factory.mktemp("whole")
-    words = [*COMMAND, "run", str(config_file(folder, "stage1.init=cot", "labels.shard_size=4"))]
+    words = [*COMMAND, "run", str(config_file(folder, *SETTINGS))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "latent-sft" in done.stdout
@@ -42,7 +43,7 @@ def finished(tmp_path_factory) -> Path:
 def copied(finished, tmp_path) -> Path:
     """A copy of the finished experiment that a test may spoil; its configuration file points to it."""
     shutil.copytree(finished / "run", tmp_path / "run")
-    config_file(tmp_path, "stage1.init=cot", "labels.shard_size=4")
+    config_file(tmp_path, *SETTINGS)
     return tmp_path
 
 

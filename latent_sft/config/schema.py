@@ -359,8 +359,14 @@ class LaunchConfig:
     """How many processes train a stage; 1 runs in this process."""
 
     nproc: int = 1
-    deepspeed: str = ""
-    """Path of a DeepSpeed JSON; empty uses DDP where nproc > 1."""
+    cpu_threads: int = 0
+    """Threads of torch on the CPU; 0 leaves torch's choice. Models of a few million parameters are fastest with 1."""
+    concurrent_baseline: bool = False
+    """`latent-sft run` trains no-cot, which no other stage waits for, beside the others in a process of its own."""
+
+    def __post_init__(self) -> None:
+        need(self.nproc >= 1, "launch.nproc", self.nproc, "an integer >= 1")
+        need(self.cpu_threads >= 0, "launch.cpu_threads", self.cpu_threads, "0 or a number of threads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,8 +48,9 @@ def make_labels(config: Config, work: Workspace | None = None) -> Step:
 
 
 def _worker(rank: int, world_size: int, config: Config) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-    _write_missing(config, Workspace(config), rank, world_size)
+    work = Workspace(config)
+    torch.set_num_threads(config.launch.cpu_threads or max(1, torch.get_num_threads() // world_size))
+    _write_missing(config, work, rank, world_size)
 
 
 def _writer(config: Config, work: Workspace) -> LabelWriter:
