@@ -250,6 +250,8 @@ class TrainConfig:
     normalisation: Literal["token", "segment", "sample"] = "token"
     """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
     then over examples (paper); sample: mean over examples of per-example token means."""
+    prompt_targets: bool = False
+    """cot and no-cot: learn the prompt's tokens too, as in pretraining; a model from scratch has no language yet."""
     ce_weight: float = 1.0
     kl_weight: float = 1.0
     """stage2 only."""

@@ -21,10 +21,14 @@ Batch = dict[str, Tensor]
 TokenRow = Mapping[str, Any]
 
 
-def explicit_batch(rows: Sequence[TokenRow], spec: LatentSpec, *, with_cot: bool, normalisation: str) -> Batch:
-    """Batch for explicit CoT fine-tuning (`with_cot`) or No-CoT."""
+def explicit_batch(
+    rows: Sequence[TokenRow], spec: LatentSpec, *, with_cot: bool, normalisation: str, prompt_targets: bool = False
+) -> Batch:
+    """Batch for explicit CoT fine-tuning (`with_cot`) or No-CoT; `prompt_targets` labels the prompt as well."""
     laid = [
-        layout.explicit_row(r["prompt"], r["cot"] if with_cot else [], spec.end_think_ids, r["answer"], normalisation)
+        layout.explicit_row(
+            r["prompt"], r["cot"] if with_cot else [], spec.end_think_ids, r["answer"], normalisation, prompt_targets
+        )
         for r in rows
     ]
     return {**_padded(laid, spec.pad_id), **_targets(laid), "counts": _counts(laid, normalisation, 0)}

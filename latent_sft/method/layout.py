@@ -168,15 +168,24 @@ def stage2_row(
 
 
 def explicit_row(
-    prompt: Sequence[int], cot: Sequence[int], end_think: Sequence[int], answer: Sequence[int], normalisation: str
+    prompt: Sequence[int],
+    cot: Sequence[int],
+    end_think: Sequence[int],
+    answer: Sequence[int],
+    normalisation: str,
+    prompt_targets: bool = False,
 ) -> Row:
-    """Lay out `[P, C, E, A]` for explicit CoT fine-tuning; an empty CoT is the No-CoT baseline. Targets: C, E, A."""
+    """Lay out `[P, C, E, A]` for explicit CoT fine-tuning; an empty CoT is the No-CoT baseline.
+
+    Targets: C, E and A; with `prompt_targets` every token but the first, as in language-model pretraining.
+    """
     rest = [*cot, *end_think, *answer]
     row = _text_row(prompt)
     last = len(row.ids) - 1
     _extend(row, rest, Kind.TEXT, -1, range(last + 1, last + 1 + len(rest)))
-    row.target[last : last + len(rest)] = rest
-    _set_weights(row, [list(range(last, last + len(rest)))], normalisation)
+    first = 0 if prompt_targets else last
+    row.target[first:-1] = row.ids[first + 1 :]
+    _set_weights(row, [list(range(first, last + len(rest)))], normalisation)
     return row
 
 

@@ -66,7 +66,13 @@ def _build_explicit(work: Workspace) -> nn.Module:
 
 
 def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
-    return partial(explicit_batch, spec=work.spec, with_cot=with_cot, normalisation=train.normalisation)
+    return partial(
+        explicit_batch,
+        spec=work.spec,
+        with_cot=with_cot,
+        normalisation=train.normalisation,
+        prompt_targets=train.prompt_targets,
+    )
 
 
 def load_stage1(work: Workspace, folder: Path) -> Stage1Model:

@@ -10,6 +10,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_sft.method import layout
 from latent_sft.method.layout import (
     IGNORE,
     Kind,
@@ -261,3 +262,13 @@ def test_inputs_are_not_changed() -> None:
     stage2_row(prompt, 2, end, answer, "token")
     explicit_row(prompt, [3], end, answer, "token")
     assert (prompt, segments, end, answer) == ([1, 2], [[3, 4], [5]], [6], [7, 8])
+
+
+def test_explicit_targets_with_and_without_the_prompt() -> None:
+    """P = 1 2, C = 3, E = 4, A = 5 6: without the prompt the targets are 3 4 5 6, with it 2 3 4 5 6."""
+    plain = layout.explicit_row([1, 2], [3], [4], [5, 6], "sample")
+    whole = layout.explicit_row([1, 2], [3], [4], [5, 6], "sample", prompt_targets=True)
+    assert plain.target == [-100, 3, 4, 5, 6, -100]
+    assert whole.target == [2, 3, 4, 5, 6, -100]
+    assert plain.weight == [0, 0.25, 0.25, 0.25, 0.25, 0]
+    assert whole.weight == [0.2, 0.2, 0.2, 0.2, 0.2, 0]
