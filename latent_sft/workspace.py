@@ -39,6 +39,7 @@ _ENCODER_SETTINGS = (
     "exclude_end",
     "temperature",
     "marker_positions",
+    "marker_input",
 )
 # settings that say how a stage is watched, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_total_limit")

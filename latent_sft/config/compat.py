@@ -6,6 +6,7 @@ Source: DJC-GO-SOLO/Latent-SFT at f361814, the code behind arXiv 2510.15522 v2; 
 PUBLISHED = {
     "latent": {
         "marker_positions": "stretched",  # default position ids over text and markers
+        "marker_input": "learned",
         "exclude_end": False,  # any token may be part of a latent
         "noise_scale": 1.0,  # Gumbel noise on the stage-2 labels
         "noise_temperature": 1.0,

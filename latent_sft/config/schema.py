@@ -201,6 +201,7 @@ class LatentConfig:
     exclude_end: bool = True
     temperature: float = 1.0
     marker_positions: Literal["stretched", "transparent"] = "transparent"
+    marker_input: Literal["learned", "previous"] = "learned"
     noise_scale: float = 0.0
     noise_temperature: float = 1.0
     noise_clip: tuple[float, float] = (-1.5, 3.0)

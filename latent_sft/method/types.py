@@ -65,6 +65,9 @@ class LatentSpec:
         temperature: of the superposition softmax in the encoder (published: 1).
         marker_positions: `stretched` (published: plain 0..T-1 over text and markers) or `transparent` (a marker
             takes the position of the CoT token before it, so the text keeps its own positions).
+        marker_input: input embedding of a marker: `learned` (published: one trained vector), or `previous` (that of the
+            CoT token before it plus a trained vector that starts at zero). With transparent positions `previous`
+            starts from the model's own next-token prediction, so the first latents already mean something.
         noise_scale: Gumbel noise multiplier on stage-2 labels and sampled latents; 0 turns it off (published: 1).
         noise_temperature: softmax temperature after the noise (published: 1).
         noise_clip: the scaled noise is clamped to this range (published: -1.5, 3.0).
@@ -89,6 +92,7 @@ class LatentSpec:
     exclude_end: bool = True
     temperature: float = 1.0
     marker_positions: str = "transparent"
+    marker_input: str = "learned"
     noise_scale: float = 0.0
     noise_temperature: float = 1.0
     noise_clip: tuple[float, float] = (-1.5, 3.0)
@@ -121,6 +125,7 @@ class LatentSpec:
         need(self.noise_scale >= 0, "noise_scale", "a number >= 0")
         need(self.noise_clip[0] < self.noise_clip[1], "noise_clip", "[low, high] with low < high")
         need(self.marker_positions in ("stretched", "transparent"), "marker_positions", "'stretched' or 'transparent'")
+        need(self.marker_input in ("learned", "previous"), "marker_input", "'learned' or 'previous'")
         need(0 <= self.min_latents <= self.max_latents, "min_latents", f"0 to max_latents={self.max_latents}")
         need(self.max_answer_tokens >= 1, "max_answer_tokens", "an integer >= 1")
         need(self.system_placement in ("system", "user"), "system_placement", "'system' or 'user'")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
+from latent_sft.method.types import LatentSpec
 from latent_sft.models.backbone import check_head, core, embed, input_table
 
 log = logging.getLogger(__name__)
@@ -142,13 +143,15 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
         ) from error
 
 
-def initial_marker(lm: nn.Module, think_ids: tuple[int, ...]) -> Tensor:
-    """Return the `[D]` start value of the marker embedding: the mean embedding of the opening delimiter's tokens.
+def initial_marker(lm: nn.Module, spec: LatentSpec) -> Tensor:
+    """Return the `[D]` start value of the marker vector.
 
-    In the model's own scale, unlike a random vector, and not the embedding of a word of the text.
+    `learned`: the mean embedding of the opening delimiter's tokens; in the model's own scale, unlike a random vector,
+    and not the embedding of a word of the text. `previous`: zero, since it is added to a token's embedding.
     """
-    ids = torch.tensor(think_ids, device=input_table(lm).device)
-    return embed(lm, ids).detach().float().mean(0)
+    ids = torch.tensor(spec.think_ids, device=input_table(lm).device)
+    start = embed(lm, ids).detach().float().mean(0)
+    return torch.zeros_like(start) if spec.marker_input == "previous" else start
 
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:

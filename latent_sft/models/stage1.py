@@ -43,7 +43,10 @@ class Stage1Model(nn.Module):
         kind = batch["encoder_kind"]
         is_marker = (kind == Kind.MARKER)[..., None]
         embeds = embed(self.encoder, batch["encoder_ids"])
-        embeds = torch.where(is_marker, self.marker.to(embeds.dtype), embeds)
+        marker = self.marker.to(embeds.dtype)
+        if self.spec.marker_input == "previous":
+            marker = embeds.roll(1, dims=1) + marker  # a marker stands right behind its segment's last token
+        embeds = torch.where(is_marker, marker, embeds)
         hidden = hidden_states(self.encoder, embeds, induction_mask(kind), batch["encoder_position"])
         index = batch["marker_index"][..., None].expand(-1, -1, hidden.shape[-1])
         at_markers = hidden.gather(1, index)

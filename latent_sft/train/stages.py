@@ -95,7 +95,7 @@ def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
     else:
         start = work.base if source is None else source.final
         encoder = load_lm(start, work.config.model)
-        marker = initial_marker(encoder, work.spec.think_ids)
+        marker = initial_marker(encoder, work.spec)
         model = Stage1Model(encoder, load_lm(start, work.config.model), marker, work.spec)
     trains_encoder, trains_decoder = phase != "stage1-decoder", phase != "stage1-encoder"
     model.encoder = _trainable(model.encoder, work) if trains_encoder else _frozen(model.encoder)

@@ -90,6 +90,7 @@ CHANGED: dict[str, Any] = {
     "noise_clip": (-1.0, 3.0),
     "decode_temperature": 0.5,
     "exclude_end": False,
+    "marker_input": "previous",
     "min_latents": 1,
     "max_latents": 127,
     "max_answer_tokens": 63,

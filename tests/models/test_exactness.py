@@ -362,3 +362,24 @@ def test_batched_cached_decoding_equals_the_reference(seed: int, limits: dict[st
         assert found.finished == expected.finished
         for ids, weights, latent in zip(found.latent_ids, found.latent_weights, expected.latents, strict=True):
             assert dict(zip(ids.tolist(), weights.tolist(), strict=True)) == pytest.approx(latent, rel=1e-4, abs=1e-7)
+
+
+def test_a_previous_marker_starts_from_the_next_token_prediction() -> None:
+    """Zero vector, transparent positions: a marker is a second copy of the token before it, at the same position.
+
+    Alone with the text before it, such a copy has the hidden state of that token: attention weights are split among two
+    equal keys with equal values. So the first latent is the superposition of the model's own next-token logits.
+    """
+    spec = make_spec(DEFAULTS, marker_input="previous", exclude_end=False)
+    lm = llama(3, True).eval()
+    model = Stage1Model(lm, lm, torch.zeros(HIDDEN, dtype=torch.float64), spec).double().eval()
+    example = dataclasses.replace(EXAMPLES[0], cot=EXAMPLES[0].cot[:1])
+    latent = model.encode(stage1_batch(rows_of([example], 2), spec, normalisation="token"))
+    # the reference: prompt and token, and the token once more at the same position
+    ids = torch.tensor([[*example.prompt, *example.cot, example.cot[0]]])
+    position = torch.tensor([[*range(len(example.prompt) + 1), len(example.prompt)]])
+    logits = lm(input_ids=ids, position_ids=position, use_cache=False).logits[0, -1]
+    values, kept = torch.sort(logits, descending=True)
+    assert latent.ids[0, 0].tolist() == kept[: spec.top_k].tolist()
+    expected = torch.softmax(values[: spec.top_k] / spec.temperature, -1)
+    assert torch.allclose(latent.weights[0, 0].double(), expected, atol=1e-6)

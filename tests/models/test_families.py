@@ -35,7 +35,7 @@ ROWS = [row(0, 3, 7), row(1, 6, 1), row(2, 2, 4)]
 
 def stage1(family: str) -> Stage1Model:
     encoder, decoder = build(family, seed=1), build(family, seed=2)
-    return Stage1Model(encoder, decoder, initial_marker(encoder, SPEC.think_ids), SPEC)
+    return Stage1Model(encoder, decoder, initial_marker(encoder, SPEC), SPEC)
 
 
 def losses_and_gradients(model: torch.nn.Module, batches: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
