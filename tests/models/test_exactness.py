@@ -378,7 +378,9 @@ def test_a_previous_marker_starts_from_the_next_token_prediction() -> None:
     # the reference: prompt and token, and the token once more at the same position
     ids = torch.tensor([[*example.prompt, *example.cot, example.cot[0]]])
     position = torch.tensor([[*range(len(example.prompt) + 1), len(example.prompt)]])
-    logits = lm(input_ids=ids, position_ids=position, use_cache=False).logits[0, -1]
+    # a mask is given, since transformers takes repeated positions without one for packed sequences
+    mask = torch.ones_like(ids)
+    logits = lm(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).logits[0, -1]
     values, kept = torch.sort(logits, descending=True)
     assert latent.ids[0, 0].tolist() == kept[: spec.top_k].tolist()
     expected = torch.softmax(values[: spec.top_k] / spec.temperature, -1)
