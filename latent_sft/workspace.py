@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from latent_sft.config.load import to_yaml
 from latent_sft.config.schema import Config
@@ -74,6 +75,8 @@ class Workspace:
     def _open(self, config: Config) -> None:
         if config.launch.cpu_threads:
             torch.set_num_threads(config.launch.cpu_threads)
+        if not config.model.name_or_path:
+            disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
