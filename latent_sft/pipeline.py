@@ -126,8 +126,8 @@ def _show(summary: dict[str, Any], report: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"{summary['name']}, seed {summary['seed']}, {summary['split']} split")
-    for column in ("model", "accuracy", "problems", "reasoning steps", "training", "examples seen"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", "accuracy", "problems", "steps", "training", "examples"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, row in summary.items():
         if isinstance(row, dict):
             table.add_row(
