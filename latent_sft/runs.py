@@ -171,6 +171,7 @@ class Step:
 
     def begin(self, seed: int) -> None:
         """Record that the step is running; call after `is_finished` returned False."""
+        self.manifest()  # a damaged one is an error, not something to write over
         started = {"status": RUNNING, "fingerprint": self.fingerprint, "inputs": self.inputs, "seed": seed}
         write_json(self.directory / MANIFEST, {**started, **environment(), "started": _now()})
 
