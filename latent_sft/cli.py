@@ -97,7 +97,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     generate.add_argument("--min-latents", type=int, metavar="N", help="do not stop thinking before; as trained")
     generate.add_argument("--max-latents", type=int, metavar="N", help="end thinking after; as trained")
-    generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; as trained")
+    generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
     export = experiment(
         verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from latent_sft.config.schema import Config
 from latent_sft.data.formats import Record, split_steps
 from latent_sft.errors import ConfigError, DataError
+from latent_sft.method.layout import fixed_segments
 from latent_sft.method.types import LatentSpec
 
 PLAIN_TEMPLATE = "{problem}\n"
@@ -134,8 +135,7 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
     if spec.segmentation == "step":
         segment_lengths = _step_lengths(record, cot_text, ends)
     else:
-        full, rest = divmod(len(cot), spec.rate)
-        segment_lengths = [spec.rate] * full + [rest] * (rest > 0)
+        segment_lengths = fixed_segments(len(cot), spec.rate)
     prompt = render_prompt(tokenizer, spec, record.problem)
     answer = [*encode_text(tokenizer, answer_text, spec), spec.eos_id]
     content = json.dumps([prompt, cot, segment_lengths, answer], separators=(",", ":"))

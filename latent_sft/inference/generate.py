@@ -1,7 +1,7 @@
 """The decoding engine: batched, KV-cached, no second prefill; every row in its own phase (`method.thinking`).
 
-Prompt ids in, latents and answer ids out; knows nothing about tokenizers or files. The same code evaluates, labels
-nothing, serves the command line and is shipped inside exported checkpoints.
+Prompt ids in, latents and answer ids out; knows nothing about tokenizers or files. The same code evaluates,
+serves the command line and is shipped inside exported checkpoints.
 """
 
 from __future__ import annotations

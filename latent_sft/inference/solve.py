@@ -13,8 +13,6 @@ from latent_sft.inference.generate import Decoded, Sampling, generate
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.stage1 import Stage1Model
 
-THINKERS = ("none", "explicit", "latent", "gold")
-
 
 def solve(
     thinker: str,

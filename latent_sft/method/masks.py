@@ -66,12 +66,6 @@ def supervision_mask(kind: Tensor, branch: Tensor) -> Tensor:
     return _with_diagonal(_earlier(kind) & (main_sees | chunk_sees))
 
 
-def causal_mask(kind: Tensor) -> Tensor:
-    """Plain causal mask without padding (stage 2 and explicit sequences), `[B, 1, T, T]` bool."""
-    real = kind != Kind.PAD
-    return _with_diagonal(_earlier(kind) & real[:, :, None] & real[:, None, :])
-
-
 def to_additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where `keep`, else the finite minimum of `dtype`: what transformers' sdpa and eager attention take."""
     return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, torch.finfo(dtype).min)

@@ -30,18 +30,6 @@ class Superposition(NamedTuple):
     weights: Tensor
 
 
-class LossSum(NamedTuple):
-    """A loss as a sum and what to divide it by; nobody divides before the trainer does.
-
-    Attributes:
-        total: scalar, the weighted sum of per-position losses in nats.
-        count: scalar, the denominator (tokens, segments or examples, as the normalisation says).
-    """
-
-    total: Tensor
-    count: Tensor
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentSpec:
     """What a latent token is and how thinking starts and stops, in one place.

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latent_sft.method.layout import Kind, decoder_row, encoder_row, stage2_row
-from latent_sft.method.masks import causal_mask, induction_mask, supervision_mask, to_additive
+from latent_sft.method.layout import Kind, decoder_row, encoder_row
+from latent_sft.method.masks import induction_mask, supervision_mask, to_additive
 
 # r = 2; P = 5 tokens; CoT a b c d e; </think> = 3 tokens; answer A EOS: the worked example of the description
 ORACLE = reference.Example(prompt=[1, 2, 3, 4, 5], cot=[11, 12, 13, 14, 15], end_think=[21, 22, 23], answer=[31, 32])
@@ -121,18 +121,6 @@ def test_induction_mask_equals_the_reference(drawn: tuple) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(batches())
-def test_causal_mask_sees_everything_earlier_but_padding(drawn: tuple) -> None:
-    batch, rate, extra = drawn
-    numbers = [len(reference.chunks(x.cot, rate)) for x in batch]
-    rows = [stage2_row(x.prompt, n, x.end_think, x.answer, "token") for x, n in zip(batch, numbers, strict=True)]
-    kind = stack([row.kind for row in rows], Kind.PAD, extra)
-    slots = [reference.latent_slots(x, n) for x, n in zip(batch, numbers, strict=True)]
-    expected = reference.padded_masks(slots, kind.shape[1], lambda _slots, query, key: key <= query)
-    assert causal_mask(kind)[:, 0].tolist() == expected
-
-
-@settings(deadline=None, max_examples=40)
-@given(batches())
 def test_chunks_see_only_their_latent_and_nobody_sees_chunks(drawn: tuple) -> None:
     """The claim of the supervision mask: a chunk is decoded from its latent alone, the answer from no written CoT."""
     batch, rate, extra = drawn
@@ -152,7 +140,7 @@ def test_padding_is_never_seen_and_no_row_is_empty(drawn: tuple) -> None:
     kind, branch = decoder_inputs(batch, rate, extra + 1)
     text_kind = torch.where(kind == Kind.PAD, kind, torch.full_like(kind, Kind.TEXT))
     diagonal = torch.eye(kind.shape[1], dtype=torch.bool)
-    for keep in (supervision_mask(kind, branch), induction_mask(text_kind), causal_mask(kind)):
+    for keep in (supervision_mask(kind, branch), induction_mask(text_kind)):
         assert keep.shape == (len(batch), 1, kind.shape[1], kind.shape[1]) and keep.dtype == torch.bool
         assert keep.any(-1).all()
         padded = (kind == Kind.PAD)[:, None, None, :]
