@@ -13,7 +13,7 @@ MEANINGS = {
     "no-cot": "baseline that answers without reasoning",
     "cot": "baseline that writes its reasoning; a starting point for stage 1 where stage1.init=cot",
     "stage1-encoder": "encoder learns to compress CoT chunks into latents, decoder frozen",
-    "stage1-decoder": "decoder learns to read the latents, encoder frozen",
+    "stage1-decoder": "decoder learns to read the latents, which the frozen encoder stores first",
     "stage1-union": "encoder and decoder together",
     "label": "the encoder's latents of every training problem, stored",
     "stage2": "the model learns to produce the latents by itself, then the answer",

@@ -42,8 +42,8 @@ _ENCODER_SETTINGS = (
     "marker_positions",
     "marker_input",
 )
-# settings that say how a stage is watched, not what it computes
-_WATCHING = ("enabled", "log_every", "num_workers", "save_total_limit")
+# settings that say how a stage is watched or run, not what it computes
+_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_total_limit")
 
 
 def processes() -> PartialState:
@@ -95,6 +95,8 @@ class Workspace:
         """Return the step of a training stage, with everything that decides its result."""
         train = self.config.stage(name)
         settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
+        # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
+        del settings["batch_size" if train.max_tokens else "max_tokens"]
         inputs: dict[str, Any] = {
             "step": name,
             "seed": self.config.seed,
@@ -127,27 +129,32 @@ class Workspace:
             return self.step(phases[-1])
         return None
 
-    def labels_step(self) -> Step:
-        """Return the step of the label store."""
-        source = self.source_of("label")
-        assert source is not None  # source_of raises where there is no stage-1 phase
+    def labels_step(self, reader: str = "label") -> Step:
+        """Return the step of a store of latents: the labels of stage 2, or what the `stage1-decoder` phase reads.
+
+        That phase reads exact weights, so that it gives what running its frozen encoder would give.
+        """
+        source = self.source_of(reader)
+        stored = {"label": ("labels", self.config.labels.dtype)}
+        name, dtype = stored.get(reader, (f"{reader}-latents", "float32"))
+        start = {"base": self._base_identity(), "prompt": self._prompt_identity()}
         inputs = {
-            "step": "label",
-            "encoder": source.fingerprint,
+            "step": "label" if reader == "label" else name,
+            "encoder": source.fingerprint if source else fingerprint(start),
             "data": self._data_identity(),
-            "latent": self._latent_settings("label"),
-            "dtype": self.config.labels.dtype,
+            "latent": self._latent_settings(reader),
+            "dtype": dtype,
             "shard_size": self.config.labels.shard_size,
         }
-        return Step(directory=self.directory / "labels", inputs=inputs)
+        return Step(directory=self.directory / name, inputs=inputs)
 
-    def labels_made_from(self) -> dict[str, str | int | float]:
-        """Return what decides the labels, in words that an error can show; the store carries it."""
-        step = self.labels_step()
+    def labels_made_from(self, reader: str = "label") -> dict[str, str | int | float]:
+        """Return what decides the latents, in words that an error can show; the store carries it."""
+        step = self.labels_step(reader)
         return {
             "encoder": step.inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **self._latent_settings("label"),
+            **self._latent_settings(reader),
         }
 
     def _latent_settings(self, name: str) -> dict[str, Any]:

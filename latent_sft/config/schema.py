@@ -239,6 +239,9 @@ class TrainConfig:
     epochs: float = 1.0
     batch_size: int = 32
     """Examples per device and micro-batch."""
+    max_tokens: int = 0
+    """Instead of `batch_size`: positions per device and micro-batch, rows times the longest with padding, so that short
+    examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence counts."""
     accumulation: int = 1
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -263,6 +266,9 @@ class TrainConfig:
     stop_at_accuracy: float = 0.0
     """End the stage once validation accuracy reaches this; 0 never."""
     save_total_limit: int = 2
+    packing: bool = False
+    """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
+    `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
@@ -272,6 +278,7 @@ class TrainConfig:
         need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
         need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
         need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
+        need(self.max_tokens >= 0, f"{section}.max_tokens", self.max_tokens, "0 (count examples) or a number of tokens")
         need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
         need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
         need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
@@ -292,6 +299,9 @@ class Stage1Config:
     nearly; a decoder that has read noisy ones still reads those."""
     noise_start: float = 0.5
     """Share of a phase's steps before that noise begins; from the first step on it keeps a phase from converging."""
+    attention: Literal["auto", "two_track", "flex", "dense"] = "auto"
+    """How the structured attention is computed, not what: two_track and flex (CUDA) skip masked pairs, dense builds
+    the whole mask and is the reference. auto: two_track where the model can, else dense."""
     encoder: TrainConfig = field(default_factory=TrainConfig)
     decoder: TrainConfig = field(default_factory=TrainConfig)
     union: TrainConfig = field(default_factory=TrainConfig)
@@ -400,6 +410,8 @@ class Config:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
         for stage in STAGES:
             self.stage(stage).check(SECTIONS[stage])
+        packed = [SECTIONS[s] for s in STAGES if s.startswith("stage1") and self.stage(s).packing]
+        need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
         if self.stage1.init == "cot":
             need(self.cot.enabled, "stage1.init", "cot", "cot.enabled=true, since stage 1 starts from that stage")
 

@@ -19,6 +19,7 @@ from latent_sft.method.types import LatentSpec, Superposition
 
 Batch = dict[str, Tensor]
 TokenRow = Mapping[str, Any]
+LabelOf = Callable[[str, str], Superposition]  # (row id, row hash) -> stored latents of that row
 
 
 def explicit_batch(
@@ -31,22 +32,32 @@ def explicit_batch(
         )
         for r in rows
     ]
-    return {**_padded(laid, spec.pad_id), **_targets(laid), "counts": _counts(laid, normalisation, 0)}
+    padded, place = _padded(laid, spec.pad_id)
+    return {**padded, **_targets(laid, place), "counts": _counts(laid, normalisation, 0)}
 
 
-def stage1_batch(rows: Sequence[TokenRow], spec: LatentSpec, *, normalisation: str) -> Batch:
-    """Batch for the encoder and the stage-1 decoder.
+def stage1_batch(
+    rows: Sequence[TokenRow], spec: LatentSpec, *, normalisation: str, label_of: LabelOf | None = None
+) -> Batch:
+    """Batch for the encoder and the stage-1 decoder, both in two-track order (`layout.two_track`).
 
-    Keys without prefix belong to the decoder, `encoder_*` to the encoder, `marker_index` `[B, N]` says where the
-    markers are in the encoder sequence (0 in padded slots) and `latent_mask` `[B, N]` which slots are real.
+    Keys without prefix belong to the decoder, `encoder_*` to the encoder; `latent_mask` `[B, N]` says which latents are
+    real. Where `label_of` gives the latents of a frozen encoder, `latent_ids` and `latent_weights` `[B, N, K]` take the
+    place of the encoder's half.
     """
     segments = [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows]
     laid = [
         layout.decoder_row(r["prompt"], s, spec.end_think_ids, r["answer"], normalisation)
         for r, s in zip(rows, segments, strict=True)
     ]
-    batch = {**_padded(laid, spec.pad_id), **_targets(laid), "counts": _counts(laid, normalisation, 0)}
-    return {**batch, **_encoder_part(rows, segments, spec)}
+    tracks, place = _two_track(laid, spec.pad_id)
+    batch = {**tracks, **_targets(laid, place), "counts": _counts(laid, normalisation, 0)}
+    if label_of is None:
+        return {**batch, **_encoder_part(rows, segments, spec)}
+    labels = [label_of(r["id"], r["hash"]) for r in rows]
+    latent_ids, latent_weights = _stacked(labels, spec.top_k)
+    mask = torch.tensor([[i < len(s) for i in range(latent_ids.shape[1])] for s in segments])
+    return {**batch, "latent_ids": latent_ids, "latent_weights": latent_weights, "latent_mask": mask}
 
 
 def encoder_batch(rows: Sequence[TokenRow], spec: LatentSpec) -> Batch:
@@ -58,7 +69,7 @@ def stage2_batch(
     rows: Sequence[TokenRow],
     spec: LatentSpec,
     *,
-    label_of: Callable[[str, str], Superposition],
+    label_of: LabelOf,
     normalisation: str,
 ) -> Batch:
     """Batch for stage 2: `latent_ids`, `latent_weights` `[B, N, K]` hold the stored labels, `kl_*` where they are read.
@@ -74,14 +85,13 @@ def stage2_batch(
         layout.stage2_row(r["prompt"], len(s.ids), spec.end_think_ids, r["answer"], normalisation)
         for r, s in zip(rows, labels, strict=True)
     ]
-    batch = {**_padded(laid, spec.pad_id), **_targets(laid), "counts": _counts(laid, normalisation, len(rows))}
-    length, width = batch["ids"].shape[1], max(len(s.ids) for s in labels)
-    latent_ids = torch.zeros(len(rows), width, spec.top_k, dtype=torch.long)
-    latent_weights = torch.zeros(len(rows), width, spec.top_k)
+    padded, place = _padded(laid, spec.pad_id)
+    batch = {**padded, **_targets(laid, place), "counts": _counts(laid, normalisation, len(rows))}
+    latent_ids, latent_weights = _stacked(labels, spec.top_k)
+    length, width = batch["ids"].shape[1], latent_ids.shape[1]
     kl_index, kl_latent, kl_weights = [], [], []
     for b, (row, label) in enumerate(zip(rows, labels, strict=True)):
         n = len(label.ids)
-        latent_ids[b, :n], latent_weights[b, :n] = label
         first = b * length + len(row["prompt"]) - 1
         kl_index += range(first, first + n)
         kl_latent += range(b * width, b * width + n)
@@ -101,39 +111,81 @@ def _encoder_part(rows: Sequence[TokenRow], segments: list[list[list[int]]], spe
     laid = [
         layout.encoder_row(r["prompt"], s, spec.end_think_ids, stretched) for r, s in zip(rows, segments, strict=True)
     ]
-    width = max(len(s) for s in segments)
-    marker_index = torch.zeros(len(rows), width, dtype=torch.long)
-    latent_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for b, row in enumerate(laid):
-        at = [t for t, k in enumerate(row.kind) if k == layout.Kind.MARKER]
-        marker_index[b, : len(at)] = torch.tensor(at)
-        latent_mask[b, : len(at)] = True
-    padded = {f"encoder_{k}": v for k, v in _padded(laid, spec.pad_id).items()}
-    return {**padded, "marker_index": marker_index, "latent_mask": latent_mask}
+    tracks, _ = _two_track(laid, spec.pad_id)
+    counts = torch.tensor([len(s) for s in segments])
+    latent_mask = torch.arange(int(counts.max())) < counts[:, None]
+    return {**{f"encoder_{k}": v for k, v in tracks.items()}, "latent_mask": latent_mask}
 
 
-def _padded(rows: Sequence[Row], pad_id: int) -> Batch:
+def _stacked(labels: Sequence[Superposition], top_k: int) -> tuple[Tensor, Tensor]:
+    width = max(len(label.ids) for label in labels)
+    ids = torch.zeros(len(labels), width, top_k, dtype=torch.long)
+    weights = torch.zeros(len(labels), width, top_k)
+    for b, label in enumerate(labels):
+        ids[b, : len(label.ids)], weights[b, : len(label.ids)] = label
+    return ids, weights
+
+
+def _padded(rows: Sequence[Row], pad_id: int) -> tuple[Batch, list[list[int]]]:
+    """Right-pad rows as they are; the second value is where each place of a row went in the flat batch."""
     length = max(len(row.ids) for row in rows)
+    slots = [[*range(len(row.ids)), *[-1] * (length - len(row.ids))] for row in rows]
+    return _filled(rows, slots, pad_id), [[b * length + t for t in range(len(row.ids))] for b, row in enumerate(rows)]
 
-    def pad(name: str, value: int) -> Tensor:
+
+def _two_track(rows: Sequence[Row], pad_id: int) -> tuple[Batch, list[list[int]]]:
+    """Main tracks padded to the longest, then G groups of R side tokens (the largest counts of the batch).
+
+    Adds `time` `[B, T]`, the index in the row, and `anchor` `[B, G, R]`, the index in the main track that a side token
+    hangs off: the last main-track token before its group (padded groups hang off token 0; nobody reads them).
+    """
+    split = [layout.two_track(row) for row in rows]
+    main_length = max(len(main) for main, _ in split)
+    num_groups = max(len(groups) for _, groups in split)
+    width = max((len(group) for _, groups in split for group in groups), default=1)
+    slots, anchors = [], []
+    for main, groups in split:
+        padded = [group + [-1] * (width - len(group)) for group in groups]
+        padded += [[-1] * width] * (num_groups - len(groups))
+        slots.append(main + [-1] * (main_length - len(main)) + [t for group in padded for t in group])
+        # a row holds `first` tokens before the group, of which those of earlier groups are not on the main track
+        before, anchor = 0, []
+        for group in groups:
+            anchor.append([group[0] - before - 1] * width)
+            before += len(group)
+        anchors.append(anchor + [[0] * width] * (num_groups - len(groups)))
+    batch = _filled(rows, slots, pad_id)
+    batch["time"] = torch.tensor(slots)
+    batch["anchor"] = torch.tensor(anchors, dtype=torch.long).reshape(len(rows), num_groups, width)
+    place = []
+    for b, (row, order) in enumerate(zip(rows, slots, strict=True)):
+        where = [0] * len(row.ids)
+        for at, t in enumerate(order):
+            if t >= 0:
+                where[t] = b * len(order) + at
+        place.append(where)
+    return batch, place
+
+
+def _filled(rows: Sequence[Row], slots: list[list[int]], pad_id: int) -> Batch:
+    def fill(name: str, value: int) -> Tensor:
         lists = [getattr(row, name) for row in rows]
-        return torch.tensor([v + [value] * (length - len(v)) for v in lists])
+        return torch.tensor([[v[t] if t >= 0 else value for t in order] for v, order in zip(lists, slots, strict=True)])
 
     return {
-        "ids": pad("ids", pad_id),
-        "kind": pad("kind", 0),
-        "branch": pad("branch", -1),
-        "position": pad("position", 0),
+        "ids": fill("ids", pad_id),
+        "kind": fill("kind", 0),
+        "branch": fill("branch", -1),
+        "position": fill("position", 0),
     }
 
 
-def _targets(rows: Sequence[Row]) -> Batch:
-    length = max(len(row.ids) for row in rows)
+def _targets(rows: Sequence[Row], place: list[list[int]]) -> Batch:
     index, targets, weights = [], [], []
-    for b, row in enumerate(rows):
+    for row, where in zip(rows, place, strict=True):
         for t, token in enumerate(row.target):
             if token != IGNORE:
-                index.append(b * length + t)
+                index.append(where[t])
                 targets.append(token)
                 weights.append(row.weight[t])
     return {

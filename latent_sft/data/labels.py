@@ -1,4 +1,4 @@
-"""The store of soft labels: what the encoder says each chunk of a CoT means, written once and read by stage 2.
+"""The store of soft labels: what the encoder says each chunk of a CoT means, written once and read while training.
 
     <store>/manifest.json          format, made_from, k, dtype, shard_size, num_rows
     <store>/labels-00000.arrow     rows (id, hash, ids, weights) of one shard, Arrow IPC, memory-mapped for reading
@@ -182,7 +182,7 @@ class LabelStore:
         if changed:
             raise ArtefactError(
                 f"{self._dir}: these labels belong to another experiment ({'; '.join(changed)}). Restore the "
-                "settings, or delete that folder and run latent-sft label again."
+                f"settings, or delete that folder and run {_maker(self._dir)} again."
             )
         self.made_from: dict[str, str | int | float] = manifest["made_from"]
         self.top_k: int = manifest["k"]
@@ -234,7 +234,7 @@ class LabelStore:
         if id not in self._where:
             raise ArtefactError(
                 f"{self._dir}: no labels for the example with id {id!r}. The training data has changed since the "
-                "labels were made; delete that folder and run latent-sft label again."
+                f"labels were made; delete that folder and run {_maker(self._dir)} again."
             )
         number, row = self._where[id]
         shard = self._open(number)
@@ -242,7 +242,7 @@ class LabelStore:
         if found != hash:
             raise ArtefactError(
                 f"{self._dir}: the labels of id {id!r} were made from other tokens (hash {found}, now {hash}). The "
-                "data or the tokenizer has changed; delete that folder and run latent-sft label again."
+                f"data or the tokenizer has changed; delete that folder and run {_maker(self._dir)} again."
             )
         span = slice(shard.offsets[row], shard.offsets[row + 1])
         ids = torch.from_numpy(shard.ids[span].astype(np.int64)).view(-1, self.top_k)
@@ -263,7 +263,7 @@ class LabelStore:
         if file_sha256(path) != read_json(_sidecar_path(self._dir, shard))["sha256"]:
             raise ArtefactError(
                 f"{path}: this label shard is damaged (its content is not what was written); "
-                "delete it and run latent-sft label again."
+                f"delete it and run {_maker(self._dir)} again."
             )
 
 
@@ -317,22 +317,28 @@ def _shard_problem(directory: Path, shard: int, num_rows: int) -> str:
 def _incomplete(directory: Path, missing: list[int], num_shards: int, first: str) -> str:
     return (
         f"{directory}: the labels are incomplete, {len(missing)} of {num_shards} shards are not finished ({first}); "
-        "run latent-sft label again, it writes only those."
+        f"run {_maker(directory)} again, it writes only those."
     )
+
+
+def _maker(directory: Path) -> str:
+    # <run>/labels/store or <run>/<stage>-latents/store
+    stage, _, kind = directory.parent.name.rpartition("-")
+    return f"latent-sft train {stage}" if kind == "latents" else "latent-sft label"
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
-        raise ArtefactError(f"{directory}: no labels here; run latent-sft label first.")
+        raise ArtefactError(f"{directory}: no labels here; run {_maker(directory)} first.")
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ArtefactError(
-            f"{path}: not a label store of format {FORMAT}; delete {directory} and run latent-sft label again."
+            f"{path}: not a label store of format {FORMAT}; delete {directory} and run {_maker(directory)} again."
         )
     absent = {"made_from", "k", "dtype", "shard_size", "num_rows"} - found.keys()
     if absent:
-        raise ArtefactError(f"{path}: lacks {sorted(absent)}; delete {directory} and run latent-sft label again.")
+        raise ArtefactError(f"{path}: lacks {sorted(absent)}; delete {directory} and run {_maker(directory)} again.")
     return found
 
 

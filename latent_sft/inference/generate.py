@@ -1,39 +1,23 @@
 """The decoding engine: batched, KV-cached, no second prefill; every row in its own phase (`method.thinking`).
 
 Prompt ids in, latents and answer ids out; knows nothing about tokenizers or files. The same code evaluates,
-serves the command line and is shipped inside exported checkpoints.
+serves the command line and is shipped inside exported checkpoints. How rows share a batch is in `inference.slots`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from latent_sft.method import thinking
-from latent_sft.method.superposition import NOISE_DRAWS, gumbel
-from latent_sft.method.thinking import ANSWER, DONE, THINK, ThinkState
+from latent_sft.inference.noise import Sampling
+from latent_sft.inference.slots import Finished, Job, Slots
+from latent_sft.method.thinking import THINK, answer_phase
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import core, embed, mix_latents
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """Sampled answers (and explicit CoT) and noisy latents, reproducible per problem whatever the batch.
-
-    Attributes:
-        temperature: of the token distribution; 0 is greedy.
-        top_p: nucleus mass.
-        latent_noise: perturb latents with the spec's Gumbel noise (`noise_scale`).
-        seed: together with a problem's number in the call it decides all its draws.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    latent_noise: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +55,8 @@ def generate(
     sampling: Sampling | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
+    static: bool = False,
+    compile: bool = False,
 ) -> list[Decoded]:
     """Decode every prompt.
 
@@ -83,163 +69,103 @@ def generate(
             gold path of stage 1).
         max_cot_tokens: cap of explicit thinking; 0 skips it (No-CoT).
         sampling: None is greedy without noise.
-        batch_size: rows decoded together.
+        batch_size: rows decoded together; a row that ends makes room for the next problem.
         progress: called with the number of problems just finished.
+        static: the same shapes at every step, at the price of attention over the whole buffer.
+        compile: run steps through `torch.compile` with CUDA graphs; implies `static`. Pays on a GPU, for many problems.
 
     Returns:
         One `Decoded` a prompt, in order.
+
+    Raises:
+        ConfigError: the model has layers of a kind that decoding does not know.
     """
     if thinker not in ("latent", "explicit"):
         raise ValueError(f"thinker must be 'latent' or 'explicit', not {thinker!r}")
-    was_training = model.training
-    model.eval()
-    # similar lengths together: less padding, and rows that end together
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + (len(latents[i].ids) if latents else 0))
+    if not prompts:
+        return []
+    tail = 0 if latents is None else len(spec.end_think_ids)
+    sizes = [len(p) + (tail + len(latents[i].ids) if latents is not None else 0) for i, p in enumerate(prompts)]
+    cap = spec.max_latents if thinker == "latent" else max_cot_tokens
+    job = Job(
+        model=model,
+        spec=spec,
+        latent=thinker == "latent" and latents is None,
+        phase=THINK if latents is None else answer_phase(spec),
+        max_cot_tokens=max_cot_tokens,
+        longest=max(sizes) + (0 if latents is not None else cap + len(spec.end_think_ids)) + spec.max_answer_tokens,
+        sampling=sampling,
+        static=static or compile,
+        compiled=compile,
+    )
+
+    def prefix(problems: Sequence[int]) -> tuple[Tensor, Tensor]:
+        given = None if latents is None else [latents[i] for i in problems]
+        return _prefix(model, spec, [prompts[i] for i in problems], given)
+
+    queue = deque(sorted(range(len(prompts)), key=lambda i: -sizes[i]))
     results: dict[int, Decoded] = {}
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        given = [latents[i] for i in rows] if latents is not None else None
-        noise = _Noise(sampling, rows, spec, core(model).device) if sampling is not None else None
-        batch = _decode_batch(model, spec, [prompts[i] for i in rows], thinker, given, max_cot_tokens, noise)
-        results.update(zip(rows, batch, strict=True))
-        if progress is not None:
-            progress(len(rows))
-    model.train(was_training)
+    was_training, attention = model.training, core(model).config._attn_implementation
+    model.eval()
+    try:
+        if "flash" in attention:  # takes no mask, and columns that rows do not have in common need one
+            core(model).config._attn_implementation = "sdpa" if core(model)._supports_sdpa else "eager"
+        slots = Slots(job, min(batch_size, len(prompts)), max(sizes))
+        while len(results) < len(prompts):
+            slots.refill(queue, prefix, sizes)
+            finished = slots.harvest()
+            for row in finished:
+                results[row.problem] = _decoded(row, job, None if latents is None else latents[row.problem])
+            if finished and progress is not None:
+                progress(len(finished))
+            slots.tidy(more=bool(queue))
+            if slots.live():
+                slots.step()
+    finally:
+        core(model).config._attn_implementation = attention
+        model.train(was_training)
     return [results[i] for i in range(len(prompts))]
-
-
-def _decode_batch(
-    model: nn.Module,
-    spec: LatentSpec,
-    prompts: list[Sequence[int]],
-    thinker: str,
-    given: list[Superposition] | None,
-    max_cot_tokens: int,
-    noise: _Noise | None,
-) -> list[Decoded]:
-    lm = core(model)
-    embeds, real = _prefix(model, spec, prompts, given)
-    cap = spec.max_latents if thinker == "latent" else max_cot_tokens + len(spec.end_think_ids)
-    longest = cap + len(spec.end_think_ids) + spec.max_answer_tokens + 1
-    attend = torch.cat([real, real.new_ones(len(prompts), longest)], dim=1)
-    position = (real.cumsum(1) - 1).clamp(min=0)
-    state = thinking.start(len(prompts), spec, embeds.device, THINK if given is None else ANSWER)
-    cache, trace = None, _Trace([], [], [], [])
-    width = real.shape[1]
-    while True:
-        out = lm(
-            inputs_embeds=embeds,
-            attention_mask=attend[:, :width],
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
-        answers = logits.argmax(-1) if noise is None else noise.tokens(logits)
-        before = state
-        if thinker == "latent":
-            draws = noise.latent_draws() if noise is not None else None
-            fed, state = thinking.latent_step(logits, state, spec, answers, draws)
-        else:
-            fed, state = thinking.explicit_step(logits, state, spec, answers, max_cot_tokens)
-        trace.add(fed, before, state)
-        if bool((state.phase == DONE).all()):
-            return trace.rows(state, spec, thinker if given is None else "given", given)
-        embeds = (embed(model, fed.ids) if thinker == "explicit" else mix_latents(model, fed)[:, None]).to(embeds.dtype)
-        position = position[:, -1:] + 1
-        width += 1
 
 
 def _prefix(
     model: nn.Module, spec: LatentSpec, prompts: list[Sequence[int]], given: list[Superposition] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return left-padded prefix embeddings `[B, P, D]` and which positions are real `[B, P]` (1 or 0)."""
+    """Return left-padded prefix embeddings `[B, W, D]` and which positions are real `[B, W]`."""
     device = core(model).device
-    pieces = []
-    for b, prompt in enumerate(prompts):
-        piece = embed(model, torch.tensor(prompt, device=device))
-        if given is not None:
-            latent = Superposition(given[b].ids.to(device), given[b].weights.to(device))
-            close = embed(model, torch.tensor(spec.end_think_ids, device=device))
-            piece = torch.cat([piece, mix_latents(model, latent).to(piece.dtype), close])
-        pieces.append(piece)
-    width = max(len(piece) for piece in pieces)
-    embeds = torch.zeros(len(pieces), width, pieces[0].shape[-1], dtype=pieces[0].dtype, device=device)
-    real = torch.zeros(len(pieces), width, dtype=torch.long, device=device)
-    for b, piece in enumerate(pieces):
-        embeds[b, width - len(piece) :] = piece
-        real[b, width - len(piece) :] = 1
-    return embeds, real
+    rows = [list(prompt) for prompt in prompts]
+    if given is not None:  # any id holds the place of a latent
+        rows = [[*row, *[spec.pad_id] * len(g.ids), *spec.end_think_ids] for row, g in zip(rows, given, strict=True)]
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[spec.pad_id] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    embeds = embed(model, ids)
+    for b, latent in enumerate(given or ()):
+        end = width - len(spec.end_think_ids)
+        mixed = mix_latents(model, Superposition(latent.ids.to(device), latent.weights.to(device)))
+        embeds[b, end - len(mixed) : end] = mixed.to(embeds.dtype)
+    return embeds, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-class _Noise:
-    """Random draws of a batch, one generator a problem, so that the batch never changes a problem's draws."""
-
-    def __init__(self, sampling: Sampling, rows: list[int], spec: LatentSpec, device: torch.device) -> None:
-        self.sampling, self.spec, self.device = sampling, spec, device
-        self.generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + row) for row in rows]
-
-    def _gumbel(self, *shape: int) -> Tensor:
-        drawn = [gumbel(shape, g, torch.device("cpu")) for g in self.generators]
-        return torch.stack(drawn).to(self.device)
-
-    def latent_draws(self) -> Tensor | None:
-        """Return `[R, B, K]` draws, or None where latents are not noisy."""
-        if not self.sampling.latent_noise or self.spec.noise_scale == 0:
-            return None
-        return self._gumbel(NOISE_DRAWS, self.spec.top_k).transpose(0, 1)
-
-    def tokens(self, logits: Tensor) -> Tensor:
-        """Return a sampled token a row, `[B]`: Gumbel-max over the nucleus; argmax at temperature 0."""
-        if self.sampling.temperature == 0:
-            return logits.argmax(-1)
-        scaled = logits / self.sampling.temperature
-        if self.sampling.top_p < 1:
-            ordered, index = scaled.softmax(-1).sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= self.sampling.top_p  # the entry that crosses the mass stays
-            scaled = scaled.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
-        return (scaled + self._gumbel(logits.shape[-1])).argmax(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    """Everything that was fed, step by step; turned into rows once, at the end."""
-
-    ids: list[Tensor]
-    weights: list[Tensor]
-    before: list[Tensor]
-    after: list[Tensor]
-
-    def add(self, fed: Superposition, before: ThinkState, after: ThinkState) -> None:
-        self.ids.append(fed.ids)
-        self.weights.append(fed.weights)
-        self.before.append(before.phase)
-        self.after.append(after.phase)
-
-    def rows(
-        self, state: ThinkState, spec: LatentSpec, thinker: str, given: list[Superposition] | None
-    ) -> list[Decoded]:
-        ids, weights = torch.stack(self.ids, 1).cpu(), torch.stack(self.weights, 1).float().cpu()  # [B, S, K]
-        before, after = torch.stack(self.before, 1).cpu(), torch.stack(self.after, 1).cpu()  # [B, S]
-        out = []
-        for b, steps in enumerate(state.num_steps.tolist()):
-            answer = ids[b, before[b] == ANSWER, 0].tolist()
-            finished = bool(answer) and answer[-1] == spec.eos_id
-            latent: Superposition | None = None
-            if thinker == "latent":
-                latent = Superposition(ids[b, :steps].clone(), weights[b, :steps].clone())
-            elif given is not None:
-                latent, steps = Superposition(given[b].ids.cpu(), given[b].weights.cpu()), len(given[b].ids)
-            out.append(
-                Decoded(
-                    latent_ids=None if latent is None else latent.ids,
-                    latent_weights=None if latent is None else latent.weights,
-                    thought_ids=ids[b, :steps, 0].tolist() if latent is None else latent.ids[:, 0].tolist(),
-                    answer_ids=answer[:-1] if finished else answer,
-                    num_steps=steps,
-                    forward_passes=1 + int((after[b] != DONE).sum()),
-                    finished=finished,
-                )
-            )
-        return out
+def _decoded(row: Finished, job: Job, given: Superposition | None) -> Decoded:
+    """Cut what a row was fed into thought, `</think>` and answer."""
+    steps, spec = row.num_steps, job.spec
+    # an EOS while thinking ends the row before any delimiter
+    between = len(spec.end_think_ids) if given is None and row.num_answer else 0
+    length = steps + between + row.num_answer
+    tokens = row.fed.ids[:length, 0].tolist()
+    answer = tokens[steps + between :]
+    finished = bool(answer) and answer[-1] == spec.eos_id
+    latent: Superposition | None = None
+    if given is not None:
+        latent, steps = Superposition(given.ids.cpu(), given.weights.cpu()), len(given.ids)
+    elif job.latent:
+        latent = Superposition(row.fed.ids[:steps].clone(), row.fed.weights[:steps].clone())
+    return Decoded(
+        latent_ids=None if latent is None else latent.ids,
+        latent_weights=None if latent is None else latent.weights,
+        thought_ids=tokens[:steps] if latent is None else latent.ids[:, 0].tolist(),
+        answer_ids=answer[:-1] if finished else answer,
+        num_steps=steps,
+        forward_passes=length,  # the last token is not fed, but there was the prefill
+        finished=finished,
+    )

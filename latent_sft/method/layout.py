@@ -189,6 +189,28 @@ def explicit_row(
     return row
 
 
+def two_track(row: Row) -> tuple[list[int], list[list[int]]]:
+    """Split a stage-1 row into its main track and the groups of side tokens that hang off it.
+
+    The main track is what plain causal attention runs over: prompt, latents, delimiter and answer in the decoder, all
+    text in the encoder. A group is one chunk in the decoder, one marker in the encoder.
+
+    Returns:
+        Indices into the row: the main track, and one list a group in order of `branch`.
+
+    >>> two_track(decoder_row([7], [[1], [2, 3]], [8], [9], "token"))
+    ([0, 1, 4, 5, 6], [[2, 3]])
+    """
+    main: list[int] = []
+    groups: dict[int, list[int]] = {}
+    for t, kind in enumerate(row.kind):
+        if kind in (Kind.CHUNK, Kind.MARKER):
+            groups.setdefault(row.branch[t], []).append(t)
+        else:
+            main.append(t)
+    return main, [groups[i] for i in sorted(groups)]
+
+
 def loss_count(row: Row, normalisation: str) -> float:
     """Return what this row adds to the denominator: its labelled tokens (`token`), or 1 (`segment`, `sample`)."""
     if normalisation == "token":

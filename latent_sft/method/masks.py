@@ -1,8 +1,10 @@
 """Who may attend to whom, as boolean masks `[B, 1, T, T]`, True = may attend. The dense form is the definition.
 
-Derived from `kind` and `branch` of the layout, never from token values, so `pad == eos` is harmless. Order in the
-sequence is time: a position attends only to itself and to earlier positions. Every row attends at least to itself,
-so no softmax row is empty.
+Derived from `kind`, `branch` and `time` of the layout, never from token values, so `pad == eos` is harmless. `time` is
+the index in the sequence as the paper writes it (None: the order of the tensor): a position attends only to itself and
+to earlier ones. Every row attends at least to itself, so no softmax row is empty.
+
+This is the definition and the `dense` backend. `attention.py` computes the same without a mask over all pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 from latent_sft.method.layout import Kind
 
 
-def induction_mask(kind: Tensor) -> Tensor:
+def induction_mask(kind: Tensor, time: Tensor | None = None) -> Tensor:
     """Encoder mask (LTIM, reference section 1.3): everybody sees earlier *text*; nobody sees an earlier marker.
 
     For `a b m c m` (m = marker):
@@ -27,16 +29,17 @@ def induction_mask(kind: Tensor) -> Tensor:
 
     Args:
         kind: `[B, T]` values of `Kind`.
+        time: `[B, T]` index in the encoder sequence, or None.
 
     Returns:
         `[B, 1, T, T]` bool.
     """
     keys_are_text = (kind == Kind.TEXT)[:, None, :]
     queries_are_real = (kind != Kind.PAD)[:, :, None]
-    return _with_diagonal(_earlier(kind) & keys_are_text & queries_are_real)
+    return _with_diagonal(_earlier(kind, time) & keys_are_text & queries_are_real)
 
 
-def supervision_mask(kind: Tensor, branch: Tensor) -> Tensor:
+def supervision_mask(kind: Tensor, branch: Tensor, time: Tensor | None = None) -> Tensor:
     """Stage-1 decoder mask (LTSuM, reference section 1.4).
 
     Prompt, latents, `</think>` and answer see each other causally (the main track). A chunk token sees its latent and
@@ -53,6 +56,7 @@ def supervision_mask(kind: Tensor, branch: Tensor) -> Tensor:
     Args:
         kind: `[B, T]` values of `Kind`.
         branch: `[B, T]` branch index, -1 outside branches.
+        time: `[B, T]` index in the decoder sequence, or None.
 
     Returns:
         `[B, 1, T, T]` bool.
@@ -63,7 +67,7 @@ def supervision_mask(kind: Tensor, branch: Tensor) -> Tensor:
     in_branch = chunk | (kind == Kind.LATENT)
     main_sees = main[:, :, None] & main[:, None, :]
     chunk_sees = chunk[:, :, None] & in_branch[:, None, :] & same_branch
-    return _with_diagonal(_earlier(kind) & (main_sees | chunk_sees))
+    return _with_diagonal(_earlier(kind, time) & (main_sees | chunk_sees))
 
 
 def to_additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,9 +75,10 @@ def to_additive(keep: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, torch.finfo(dtype).min)
 
 
-def _earlier(kind: Tensor) -> Tensor:
-    length = kind.shape[1]
-    return torch.ones(length, length, dtype=torch.bool, device=kind.device).tril(-1)[None]
+def _earlier(kind: Tensor, time: Tensor | None) -> Tensor:
+    if time is None:
+        time = torch.arange(kind.shape[1], device=kind.device)[None]
+    return time[:, None, :] < time[:, :, None]
 
 
 def _with_diagonal(keep: Tensor) -> Tensor:

@@ -13,6 +13,61 @@ from latent_sft.method.types import LatentSpec, Superposition
 # Independent draws tried per position before the clean weights are taken; a position that fails all of them has a
 # failure chance p with p**8 small, or its clean top-1 is the end token already.
 NOISE_DRAWS = 8
+# entries searched at once for the largest logits: of 32 to 256 the fastest for vocabularies of 32k to 152k on a CPU
+GROUP = 64
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the `k` largest entries `[..., k]` and their ids, largest first: `topk`, faster for wide vocabularies.
+
+    A group of 64 entries that holds one of the k largest is among the k groups with the largest maxima, so only those
+    are searched. Gradient flows through the returned entries.
+
+    Args:
+        logits: `[..., V]`.
+        k: 1..V.
+    """
+    vocab = logits.shape[-1]
+    groups = vocab // GROUP
+    if groups <= 8 * k:  # too few groups to save anything
+        top = logits.max(-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1)
+        return top[0], top[1]
+    grouped = logits[..., : groups * GROUP].unflatten(-1, (groups, GROUP))
+    chosen = grouped.detach().amax(-1).topk(k, dim=-1, sorted=False).indices
+    ids = (chosen.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=logits.device)).flatten(-2)
+    if vocab % GROUP:
+        rest = torch.arange(groups * GROUP, vocab, device=logits.device)
+        ids = torch.cat([ids, rest.expand(*ids.shape[:-1], -1)], dim=-1)
+    top = logits.gather(-1, ids).topk(k, dim=-1)
+    return top.values, ids.gather(-1, top.indices)
+
+
+def largest_but(logits: Tensor, k: int, unwanted: int, drop: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `k` largest entries without `unwanted`, and the largest id with it: one pass for both.
+
+    Args:
+        logits: `[..., V]`.
+        k: 1..V; where it is V, the unwanted id comes last with the value -inf.
+        unwanted: an id.
+        drop: `[...]` bool: positions at which `unwanted` is left out; elsewhere it may stay.
+
+    Returns:
+        Values and ids `[..., k]`, largest first, and the id of the overall largest entry `[...]`.
+    """
+    values, ids = largest(logits, min(k + 1, logits.shape[-1]))
+    top = ids[..., 0]
+    if values.shape[-1] == k:
+        values = torch.cat([values, torch.full_like(values[..., :1], float("-inf"))], dim=-1)
+        ids = torch.cat([ids, torch.full_like(ids[..., :1], unwanted)], dim=-1)
+    # entries from the unwanted one on move up by one place
+    moved = (ids[..., :k] == unwanted).cumsum(-1) > 0
+    if isinstance(drop, Tensor):
+        moved = moved & drop.unsqueeze(-1)
+    return (
+        torch.where(moved, values[..., 1:], values[..., :k]),
+        torch.where(moved, ids[..., 1:], ids[..., :k]),
+        top,
+    )
 
 
 def superpose(logits: Tensor, top_k: int, temperature: float = 1.0, exclude: int | None = None) -> Superposition:
@@ -31,16 +86,20 @@ def superpose(logits: Tensor, top_k: int, temperature: float = 1.0, exclude: int
     Returns:
         Superposition of ids `[..., K]` (largest first) and weights `[..., K]`.
     """
-    if exclude is not None:
-        column = torch.arange(logits.shape[-1], device=logits.device) == exclude
-        logits = logits.masked_fill(column, float("-inf"))
-    kept, ids = logits.topk(top_k, dim=-1)
+    kept, ids = largest(logits, top_k) if exclude is None else largest_but(logits, top_k, exclude)[:2]
+    return weighted(kept, ids, temperature)
+
+
+def weighted(kept: Tensor, ids: Tensor, temperature: float) -> Superposition:
+    """Return the superposition of kept logits `[..., K]` and their ids: weights `softmax(kept / temperature)`."""
     precise = kept.dtype if kept.dtype == torch.float64 else torch.float32
     return Superposition(ids, torch.softmax(kept.to(precise) / temperature, dim=-1))
 
 
 def mix(latent: Superposition, table: Tensor) -> Tensor:
     """Return the embedding of a superposition, `sum_v alpha[v] W[v]` (reference section 1.2).
+
+    The `[..., K, D]` looked-up rows are never written to memory.
 
     Args:
         latent: ids and weights `[..., K]`.
@@ -49,7 +108,12 @@ def mix(latent: Superposition, table: Tensor) -> Tensor:
     Returns:
         `[..., D]` in the dtype of `table`.
     """
-    return combine(torch.nn.functional.embedding(latent.ids, table), latent.weights)
+    ids, weights = latent
+    width = ids.shape[-1]
+    flat = torch.nn.functional.embedding_bag(
+        ids.reshape(-1, width), table, per_sample_weights=weights.reshape(-1, width).to(table.dtype), mode="sum"
+    )
+    return flat.view(*ids.shape[:-1], table.shape[-1])
 
 
 def combine(embeddings: Tensor, weights: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """The decoding state machine: what a row's logits mean now, and what it is fed next. Pure tensors, all rows at once.
 
-A row goes through phases:
+A row goes through phases, counted up by one number (E = tokens of `</think>`):
 
-    THINK    logits choose the next latent (or the next explicit CoT token), or end thinking
-    CLOSE    the remaining tokens of a multi-token `</think>` are fed, one a step
-    ANSWER   logits choose the next answer token, until EOS
-    DONE     whatever is fed is ignored
+    0 (THINK)   logits choose the next latent (or the next explicit CoT token), or end thinking
+    1..E-1      so many tokens of `</think>` have been fed; the next one follows, whatever the model says
+    E           logits choose the next answer token, until EOS
+    E+1         done: whatever is fed is ignored
 
 Every step feeds every row one superposition `[K]`; a plain token is a superposition with weight 1 on its first entry.
-Rows never look at each other, so a batch of N gives what N single runs give.
+Rows never look at each other, so a batch of N gives what N single runs give. Decoding pays for every one of these
+small operations at every step, hence their number is kept down.
 """
 
 from __future__ import annotations
@@ -18,39 +19,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latent_sft.method.superposition import perturb, superpose
+from latent_sft.method.superposition import largest, largest_but, perturb, weighted
 from latent_sft.method.types import LatentSpec, Superposition
 
-THINK, CLOSE, ANSWER, DONE = 0, 1, 2, 3
+THINK = 0
+
+
+def answer_phase(spec: LatentSpec) -> int:
+    """Return the phase in which logits choose answer tokens; the one after it is the end."""
+    return len(spec.end_think_ids)
 
 
 class ThinkState(NamedTuple):
     """State of all rows.
 
     Attributes:
-        phase: `[B]` THINK, CLOSE, ANSWER or DONE; what the *next* logits of the row mean.
+        phase: `[B]` what the *next* logits of the row mean, see above.
         num_steps: `[B]` latents (or explicit tokens, delimiter included while it is being written) so far.
-        closed: `[B]` tokens of `</think>` already fed.
-        recent: `[B, E]` the last E = len(end_think_ids) explicit tokens, for matching the delimiter.
         num_answer: `[B]` answer tokens so far, EOS included.
+        recent: `[B, E]` the last E explicit tokens, for matching the delimiter.
     """
 
     phase: Tensor
     num_steps: Tensor
-    closed: Tensor
-    recent: Tensor
     num_answer: Tensor
+    recent: Tensor
+
+
+class Script(NamedTuple):
+    """Constants of the steps on the right device.
+
+    Attributes:
+        tokens: `[E+2]` what a row is fed at each phase: `</think>`, (the answer), padding.
+        one: `[K]` weights of a plain token.
+    """
+
+    tokens: Tensor
+    one: Tensor
 
 
 def start(batch_size: int, spec: LatentSpec, device: torch.device, phase: int = THINK) -> ThinkState:
-    """Return the state after the prompt (or, with phase=ANSWER, after a `</think>` that was part of the prefix)."""
+    """Return the state after the prompt (or, in the answer phase, after a `</think>` that was part of the prefix)."""
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     recent = torch.full((batch_size, len(spec.end_think_ids)), -1, dtype=torch.long, device=device)
-    return ThinkState(zeros + phase, zeros, zeros, recent, zeros)
+    return ThinkState(zeros + phase, zeros, zeros, recent)
+
+
+def script_of(spec: LatentSpec, device: torch.device) -> Script:
+    """Return the constants for `latent_step` and `explicit_step`."""
+    one = torch.zeros(spec.top_k, device=device)
+    one[0] = 1.0
+    return Script(torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device), one)
 
 
 def latent_step(
-    logits: Tensor, state: ThinkState, spec: LatentSpec, answers: Tensor, draws: Tensor | None = None
+    logits: Tensor,
+    state: ThinkState,
+    spec: LatentSpec,
+    script: Script,
+    answers: Tensor | None = None,
+    draws: Tensor | None = None,
 ) -> tuple[Superposition, ThinkState]:
     """Choose what every row is fed next when thinking is latent (reference section 1.9, Transformers path).
 
@@ -61,20 +89,22 @@ def latent_step(
         logits: `[B, V]` at the last position of each row.
         state: see ThinkState.
         spec: settings.
-        answers: `[B]` the token each row would write if it is in ANSWER (argmax or a sample of `logits`).
+        script: see `script_of`.
+        answers: `[B]` the token each row would write if it is answering; None is the argmax.
         draws: `[R, B, K]` Gumbel noise, or None for no noise.
 
     Returns:
         The next input `[B, top_k]` and the next state.
     """
     end = spec.end_think_ids[0]
-    thinking = state.phase == THINK
-    wants_stop = (logits.argmax(-1) == end) & (state.num_steps >= spec.min_latents)
-    stops = thinking & (wants_stop | (state.num_steps >= spec.max_latents))
-    # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
-    held = spec.exclude_end | (thinking & (state.num_steps < spec.min_latents))
-    columns = torch.arange(logits.shape[-1], device=logits.device) == end
-    latent = superpose(logits.masked_fill(held[:, None] & columns, float("-inf")), spec.top_k, spec.decode_temperature)
+    if spec.exclude_end or spec.min_latents > 0:
+        # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
+        held = True if spec.exclude_end else state.num_steps < spec.min_latents
+        kept, ids, top = largest_but(logits, spec.top_k, end, held)
+    else:
+        kept, ids = largest(logits, spec.top_k)
+        top = ids[:, 0]
+    latent = weighted(kept, ids, spec.decode_temperature)
     if draws is not None:
         latent = perturb(
             latent,
@@ -84,17 +114,24 @@ def latent_step(
             clip=spec.noise_clip,
             end_id=end,
         )
-    continues = thinking & ~stops
-    plain, state = _plain_step(stops, state, spec, answers)
-    fed = Superposition(
-        torch.where(continues[:, None], latent.ids, plain.ids),
-        torch.where(continues[:, None], latent.weights, plain.weights.to(latent.weights.dtype)),
-    )
-    return fed, state._replace(num_steps=state.num_steps + continues.long())
+    stops = top == end
+    if spec.min_latents > 0:
+        stops = stops & (state.num_steps >= spec.min_latents)
+    thinking = state.phase == THINK
+    continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
+    token, after = _plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
+    here = continues[:, None]
+    fed = Superposition(torch.where(here, latent.ids, token[:, None]), torch.where(here, latent.weights, script.one))
+    return fed, after
 
 
 def explicit_step(
-    logits: Tensor, state: ThinkState, spec: LatentSpec, answers: Tensor, max_tokens: int
+    logits: Tensor,
+    state: ThinkState,
+    spec: LatentSpec,
+    script: Script,
+    max_tokens: int,
+    answers: Tensor | None = None,
 ) -> tuple[Superposition, ThinkState]:
     """Choose what every row is fed next when thinking is written out: the same phases with K = 1.
 
@@ -105,45 +142,39 @@ def explicit_step(
         logits: `[B, V]`.
         state: see ThinkState.
         spec: settings.
-        answers: `[B]` next token of each row, used in THINK and ANSWER alike.
+        script: see `script_of`.
         max_tokens: cap on explicit CoT tokens.
+        answers: `[B]` next token of each row, thinking and answering alike; None is the argmax.
 
     Returns:
         The next input `[B, 1]` and the next state.
     """
+    answer = answer_phase(spec)
+    if answers is None:
+        answers = largest(logits, 1)[1][:, 0]
     thinking = state.phase == THINK
-    stops = thinking & (state.num_steps >= max_tokens)
-    continues = thinking & ~stops
-    plain, after = _plain_step(stops, state, spec, answers, top_k=1)
-    tokens = torch.where(continues, answers, plain.ids[:, 0])
-    shifted = torch.cat([state.recent[:, 1:], tokens[:, None]], dim=1)
-    recent = torch.where(continues[:, None], shifted, state.recent)
-    delimiter = torch.tensor(spec.end_think_ids, device=logits.device)
-    complete = continues & (recent == delimiter).all(-1)
+    continues = thinking & (state.num_steps < max_tokens)
+    forced, after = _plain_step(thinking, continues, state, spec, script, answers)
+    token = torch.where(continues, answers, forced)
+    recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)  # of no use once the row has stopped thinking
+    complete = continues & (recent == script.tokens[:answer]).all(-1)
+    phase = torch.where(continues & (token == spec.eos_id), answer + 1, after.phase)
     after = after._replace(
-        num_steps=after.num_steps + continues.long() - complete.long() * len(spec.end_think_ids),
-        recent=recent,
-        phase=torch.where(complete, ANSWER, torch.where(continues & (tokens == spec.eos_id), DONE, after.phase)),
+        num_steps=after.num_steps - complete * answer, phase=torch.where(complete, answer, phase), recent=recent
     )
-    return Superposition(tokens[:, None], plain.weights), after
+    return Superposition(token[:, None], script.one[:1].expand(len(token), 1)), after
 
 
 def _plain_step(
-    stops: Tensor, state: ThinkState, spec: LatentSpec, answers: Tensor, top_k: int | None = None
-) -> tuple[Superposition, ThinkState]:
-    """Feed one ordinary token to every row that is not thinking on: the delimiter, or the answer."""
-    delimiter = torch.tensor(spec.end_think_ids, device=answers.device)
-    closing = stops | (state.phase == CLOSE)
-    answering = state.phase == ANSWER
-    next_delimiter = delimiter[state.closed.clamp(max=len(spec.end_think_ids) - 1)]
-    token = torch.where(closing, next_delimiter, torch.where(answering, answers, spec.pad_id))
-    closed = state.closed + closing.long()
-    num_answer = state.num_answer + answering.long()
-    ended = answering & ((token == spec.eos_id) | (num_answer >= spec.max_answer_tokens))
-    phase = torch.where(closing, torch.where(closed >= len(spec.end_think_ids), ANSWER, CLOSE), state.phase)
-    phase = torch.where(ended, DONE, phase)
-    width = spec.top_k if top_k is None else top_k
-    weights = torch.zeros(len(token), width, device=token.device)
-    weights[:, 0] = 1.0
-    ids = token[:, None].expand(-1, width)
-    return Superposition(ids, weights), state._replace(phase=phase, closed=closed, num_answer=num_answer)
+    thinking: Tensor, continues: Tensor, state: ThinkState, spec: LatentSpec, script: Script, answers: Tensor
+) -> tuple[Tensor, ThinkState]:
+    """Return the token `[B]` of every row that does not think on (the delimiter, or the answer) and the next state."""
+    answer = answer_phase(spec)
+    answering = state.phase == answer
+    token = torch.where(answering, answers, script.tokens[state.phase])
+    num_answer = state.num_answer + answering
+    moves = answering & ((token == spec.eos_id) | (num_answer >= spec.max_answer_tokens))
+    if answer > 1:
+        moves = moves | ((state.phase > THINK) & (state.phase < answer))
+    phase = state.phase + (moves | (thinking & ~continues))
+    return token, ThinkState(phase, state.num_steps + continues, num_answer, state.recent)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latent_sft.method.losses import weighted_cross_entropy
-from latent_sft.models.backbone import embed, head, hidden_states
+from latent_sft.models.backbone import embed, hidden_states
+from latent_sft.models.head import ce_total
 
 
 class ExplicitModel(nn.Module):
@@ -17,6 +17,6 @@ class ExplicitModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total`, the weighted sum over labelled positions."""
-        hidden = hidden_states(self.lm, embed(self.lm, batch["ids"]), None, None).flatten(0, 1)
-        logits = head(self.lm)(hidden[batch["target_index"]])
-        return {"ce_total": weighted_cross_entropy(logits, batch["targets"], batch["target_weights"])}
+        hidden = hidden_states(self.lm, embed(self.lm, batch["ids"])).flatten(0, 1)
+        labelled = hidden[batch["target_index"]]
+        return {"ce_total": ce_total(self.lm, labelled, batch["targets"], batch["target_weights"])}

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.method.types import LatentSpec
-from latent_sft.models.backbone import check_head, core, embed, input_table
+from latent_sft.models.backbone import core, embed, input_table
+from latent_sft.models.head import check_head
 
 log = logging.getLogger(__name__)
 

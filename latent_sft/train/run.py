@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from latent_sft.config.schema import Config, TrainConfig
+from latent_sft.config.schema import SECTIONS, Config, TrainConfig
+from latent_sft.data.packing import packed_rows
 from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
+from latent_sft.models.packing import use_packing
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
+from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
 from latent_sft.train.stages import STAGES, validation_metrics
 from latent_sft.train.trainer import LateNoise, LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.workspace import Workspace, processes
@@ -57,6 +62,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
+    if name == "stage1-decoder":
+        store_latents(work, name)
     set_seed(config.seed)
     model = stage.build(work)
     if train.gradient_checkpointing:
@@ -66,7 +73,11 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
+    sampler = _sampler(config, name, work)
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
+    if train.packing:
+        use_packing(model.lm)
+        collate = partial(packed_rows, collate=collate)
     if processes().is_main_process:
         step.begin(config.seed)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
@@ -77,7 +88,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
     trainer = LatentTrainer(
         model=model,
-        args=_arguments(train, step.directory, config.seed, len(work.data["train"])),
+        args=_arguments(train, step.directory, config.seed),
         train_dataset=work.data["train"],
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
@@ -86,6 +97,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         kl_weight=train.kl_weight,
         end_id=work.spec.end_think_ids[0],
         evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
+        sampler=sampler,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -129,7 +141,18 @@ def _take_best(trainer: LatentTrainer, checkpoint: str) -> None:
     trainer._load_from_checkpoint(str(Path(checkpoint).parent / best.name))
 
 
-def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> TrainingArguments:
+def _sampler(config: Config, name: str, work: Workspace) -> LengthBucketSampler | TokenBatchSampler:
+    # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
+    train, data = config.stage(name), work.data["train"]
+    per_step = train.accumulation * processes().num_processes
+    if not train.max_tokens:
+        return LengthBucketSampler(list(data["length"]), train.batch_size * per_step, config.seed)
+    return TokenBatchSampler(
+        STAGES[name].lengths(data, work.spec), train.max_tokens, per_step, config.seed, SECTIONS[name]
+    )
+
+
+def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
     by_steps = train.eval_every > 0
     schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
     if train.schedule == "cosine" and train.min_lr_ratio > 0:
@@ -142,6 +165,8 @@ def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> Tr
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
+        # accelerate can even out processes only where batches have one size; token batches are even as they come
+        accelerator_config={"even_batches": not train.max_tokens},
         gradient_accumulation_steps=train.accumulation,
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs,
@@ -173,13 +198,13 @@ def _arguments(train: TrainConfig, folder: Path, seed: int, num_rows: int) -> Tr
 
 
 def _finish(trainer: LatentTrainer, save: Any, model: Any, work: Workspace, step: Step, seconds: float) -> None:
-    state, args = trainer.state, trainer.args
+    state = trainer.state
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save(trainer.accelerator.unwrap_model(trainer.model), work, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
         steps=state.global_step,
-        examples_seen=state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        examples_seen=trainer.sampler.examples_until(state.global_step),
         parameters=sum(p.numel() for p in model.parameters()),
         trained_parameters=trained,
         validation_accuracy=state.best_metric,

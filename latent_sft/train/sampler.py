@@ -1,13 +1,35 @@
-"""Length-bucketed order that depends on (seed, epoch) alone, so that a resumed run sees the same batches."""
+"""Length-bucketed orders that depend on (seed, epoch) alone, so that a resumed run sees the same batches.
+
+`LengthBucketSampler` deals out batches of a number of examples, `TokenBatchSampler` batches of a number of tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
+from latent_sft.errors import ConfigError
+
 POOL = 50  # batches sorted together: wide enough for little padding, narrow enough to stay random
+SLICES = 50  # slices of a data set sorted by length; batches are drawn within one
+BATCHES_PER_SLICE = 4  # at least, so that in a small data set, too, an example meets others than its neighbours
+
+
+class Lengths(NamedTuple):
+    """How long the examples of a data set are, and how long a batch of them gets by padding.
+
+    Attributes:
+        parts: `[E, C]` integers, the counts that are padded each on its own.
+        width: the largest parts of a batch `[..., C]` -> its padded length `[...]`; grows with every part.
+    """
+
+    parts: Tensor
+    width: Callable[[Tensor], Tensor]
 
 
 class LengthBucketSampler(Sampler[int]):
@@ -29,14 +51,19 @@ class LengthBucketSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is yielded next; accelerate calls it."""
+        """Choose the epoch whose order is yielded next."""
         self.epoch = epoch
+
+    def examples_until(self, step: int) -> int:
+        """Return how many examples the first `step` optimizer steps hold."""
+        epochs, rest = divmod(step, -(-len(self) // self.batch_size))
+        return epochs * len(self) + rest * self.batch_size
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = _generator(self.seed, self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         pools = order.split(self.batch_size * POOL)
         ordered = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools])
@@ -46,3 +73,102 @@ class LengthBucketSampler(Sampler[int]):
         shuffled = torch.randperm(full, generator=generator).tolist()
         for number in [*shuffled, *range(full, len(batches))]:
             yield from batches[number].tolist()
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Yields micro-batches of similar lengths whose padded size, rows x longest row, is at most `max_tokens`.
+
+    `per_step` consecutive ones make an optimizer step, so the step depends on the budget of the whole job and not on
+    how accumulation and processes share it out. The number of steps is the same in every epoch: the data set is sorted
+    by length and sliced once, the cuts are made with the longest row of each slice, and chance only decides which
+    examples of a slice meet, and when. Every example is seen once an epoch; only where the last step would lack
+    micro-batches although each holds a single example already, fewer than `per_step` of them wait for another epoch.
+
+    Args:
+        lengths: of the examples.
+        max_tokens: padded positions of a micro-batch.
+        per_step: micro-batches of an optimizer step: accumulation x processes.
+        seed: of the experiment.
+        section: of the configuration these settings stand in, for errors.
+
+    Raises:
+        ConfigError: an example is longer than `max_tokens`, or there are fewer examples than `per_step`.
+    """
+
+    def __init__(self, lengths: Lengths, max_tokens: int, per_step: int, seed: int, section: str) -> None:
+        alone = lengths.width(lengths.parts)
+        if alone.max() > max_tokens:
+            raise ConfigError(
+                f"{section}.max_tokens: got {max_tokens}, expected at least {int(alone.max())}: as long is training "
+                f"example {int(alone.argmax())} in this stage ({int((alone > max_tokens).sum())} of {len(alone)} are "
+                "longer than the budget). Raise it, or leave long examples out (data.max_cot_tokens, data.on_error)."
+            )
+        if len(alone) < per_step:
+            raise ConfigError(
+                f"{section}.accumulation: a step takes {per_step} micro-batches (accumulation x processes), but there "
+                f"are only {len(alone)} training examples; lower it."
+            )
+        self.per_step, self.seed, self.epoch = per_step, seed, 0
+        num_slices = max(1, min(SLICES, int(alone.sum()) // (BATCHES_PER_SLICE * max_tokens)))
+        slices = alone.argsort(stable=True).tensor_split(num_slices)
+        longest = torch.stack([lengths.parts[part].amax(0) for part in slices])
+        self.slice_of = torch.empty(len(alone), dtype=torch.long)
+        for number, part in enumerate(slices):
+            self.slice_of[part] = number
+        sizes = _cut([len(part) for part in slices], longest, lengths.width, max_tokens)
+        self.sizes = _fill_up(sizes, per_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches are yielded next."""
+        self.epoch = epoch
+
+    def examples_until(self, step: int) -> int:
+        """Return how many examples the first `step` optimizer steps hold."""
+        epochs, rest = divmod(step, len(self) // self.per_step)
+        in_epoch = [len(batch) for batch in islice(self._batches(epochs), rest * self.per_step)]
+        return epochs * sum(len(batch) for batch in self._batches(0)) + sum(in_epoch)
+
+    def __len__(self) -> int:
+        return len(self.sizes) // self.per_step * self.per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches(self.epoch)
+
+    def _batches(self, epoch: int) -> Iterator[list[int]]:
+        generator = _generator(self.seed, epoch)
+        order = torch.randperm(len(self.slice_of), generator=generator)
+        order = order[self.slice_of[order].argsort(stable=True)]
+        batches = order.split(self.sizes)
+        for number in torch.randperm(len(batches), generator=generator)[: len(self)].tolist():
+            yield batches[number].tolist()
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def _cut(counts: list[int], longest: Tensor, width: Callable[[Tensor], Tensor], max_tokens: int) -> list[int]:
+    """Return the sizes of micro-batches over slices of `counts` examples, none longer than `longest` of its slice."""
+    sizes: list[int] = []
+    rows, parts = 0, torch.zeros_like(longest[0])
+    for count, slice_parts in zip(counts, longest, strict=True):
+        while count:
+            padded = torch.maximum(parts, slice_parts)
+            # one example fits always, also where the longest parts of its slice do not fit together
+            room = max(max_tokens // int(width(padded)), 1) - rows
+            if room <= 0:
+                sizes.append(rows)
+                rows, parts = 0, torch.zeros_like(parts)
+                continue
+            taken = min(room, count)
+            rows, count, parts = rows + taken, count - taken, padded
+    return [*sizes, rows] if rows else sizes
+
+
+def _fill_up(sizes: list[int], per_step: int) -> list[int]:
+    """Halve the largest micro-batches until they fill the last step, or until nothing is left to halve."""
+    sizes = list(sizes)
+    while len(sizes) % per_step and max(sizes) > 1:
+        at = max(range(len(sizes)), key=sizes.__getitem__)
+        sizes[at : at + 1] = [sizes[at] - sizes[at] // 2, sizes[at] // 2]
+    return sizes

@@ -12,26 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from latent_sft.config.schema import TrainConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
-from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.answers import is_correct
+from latent_sft.inference.encode import MARKER_FILE, load_stage1, phase_start
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
-from latent_sft.method.types import Superposition
+from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.explicit import ExplicitModel
-from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm
+from latent_sft.models.load import add_lora, load_lm, merged, save_lm
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
+from latent_sft.train.lengths import explicit_lengths, stage1_lengths, stage2_lengths
+from latent_sft.train.sampler import Lengths
 from latent_sft.workspace import Workspace
 
+__all__ = ["STAGES", "Stage", "load_stage1", "validation_metrics"]
+
 Collate = Callable[[list[dict[str, Any]]], Batch]
-MARKER_FILE = "marker.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,7 @@ class Stage:
         thinker: how validation problems are solved (see `inference.solve`).
         build: workspace -> module whose forward returns loss sums, ready to train.
         collate: workspace, settings -> rows to batch.
+        lengths: training set, spec -> padded lengths, for batches of a number of tokens.
         lm: module -> what `solve` takes.
         save: writes the final folder(s).
     """
@@ -49,6 +53,7 @@ class Stage:
     thinker: str
     build: Callable[[Workspace], nn.Module]
     collate: Callable[[Workspace, TrainConfig], Collate]
+    lengths: Callable[[Any, LatentSpec], Lengths]
     lm: Callable[[Any], nn.Module]
     save: Callable[[Any, Workspace, Path], None]
 
@@ -75,28 +80,8 @@ def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) ->
     )
 
 
-def load_stage1(work: Workspace, folder: Path) -> Stage1Model:
-    """Load encoder, decoder and marker from a finished phase.
-
-    Raises:
-        ArtefactError: the folder is incomplete.
-    """
-    if not (folder / MARKER_FILE).exists():
-        raise ArtefactError(f"{folder / MARKER_FILE}: missing; run that stage-1 phase again.")
-    model = work.config.model
-    marker = load_file(folder / MARKER_FILE)["marker"]
-    return Stage1Model(load_lm(folder / "encoder", model), load_lm(folder / "decoder", model), marker, work.spec)
-
-
 def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
-    source = work.source_of(phase)
-    if source is not None and source.directory.name.startswith("stage1-"):
-        model = load_stage1(work, source.final)
-    else:
-        start = work.base if source is None else source.final
-        encoder = load_lm(start, work.config.model)
-        marker = initial_marker(encoder, work.spec)
-        model = Stage1Model(encoder, load_lm(start, work.config.model), marker, work.spec)
+    model = phase_start(work, phase)
     trains_encoder, trains_decoder = phase != "stage1-decoder", phase != "stage1-encoder"
     model.encoder = _trainable(model.encoder, work) if trains_encoder else _frozen(model.encoder)
     model.decoder = _trainable(model.decoder, work) if trains_decoder else _frozen(model.decoder)
@@ -113,6 +98,13 @@ def _freeze_unused_head(encoder: nn.Module) -> None:
 
 def _collate_stage1(work: Workspace, train: TrainConfig) -> Collate:
     return partial(stage1_batch, spec=work.spec, normalisation=train.normalisation)
+
+
+def _collate_decoder(work: Workspace, train: TrainConfig) -> Collate:
+    # the encoder is frozen: its latents were stored before the phase began
+    step = work.labels_step("stage1-decoder")
+    store = LabelStore(step.directory / "store", expect=work.labels_made_from("stage1-decoder"))
+    return partial(stage1_batch, spec=work.spec, normalisation=train.normalisation, label_of=store.get)
 
 
 def _save_stage1(model: Stage1Model, work: Workspace, folder: Path) -> None:
@@ -151,6 +143,7 @@ STAGES: dict[str, Stage] = {
         thinker="none",
         build=_build_explicit,
         collate=partial(_collate_explicit, with_cot=False),
+        lengths=partial(explicit_lengths, with_cot=False),
         lm=_inner_lm,
         save=partial(_save_lm, thinker="none"),
     ),
@@ -158,6 +151,7 @@ STAGES: dict[str, Stage] = {
         thinker="explicit",
         build=_build_explicit,
         collate=partial(_collate_explicit, with_cot=True),
+        lengths=partial(explicit_lengths, with_cot=True),
         lm=_inner_lm,
         save=partial(_save_lm, thinker="explicit"),
     ),
@@ -165,7 +159,8 @@ STAGES: dict[str, Stage] = {
         phase: Stage(
             thinker="gold",
             build=partial(_build_stage1, phase=phase),
-            collate=_collate_stage1,
+            collate=_collate_decoder if phase == "stage1-decoder" else _collate_stage1,
+            lengths=stage1_lengths,
             lm=lambda model: model,
             save=_save_stage1,
         )
@@ -175,6 +170,7 @@ STAGES: dict[str, Stage] = {
         thinker="latent",
         build=_build_stage2,
         collate=_collate_stage2,
+        lengths=stage2_lengths,
         lm=_inner_lm,
         save=partial(_save_lm, thinker="latent"),
     ),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
@@ -23,7 +23,8 @@ from latent_sft.errors import TrainingError
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 from latent_sft.models.stage1 import Stage1Model
-from latent_sft.train.sampler import LengthBucketSampler
+from latent_sft.train.flops import device_peak, step_flops
+from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
 
 Metrics = dict[str, float]
 
@@ -43,6 +44,7 @@ class LatentTrainer(Trainer):
         kl_weight: weight of the KL.
         end_id: first token of `</think>`, for the collapse diagnostics.
         evaluate_with: model -> metrics on validation (answers decoded), without prefix.
+        sampler: order of the training set.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class LatentTrainer(Trainer):
         kl_weight: float,
         end_id: int,
         evaluate_with: Callable[[torch.nn.Module], Metrics],
+        sampler: LengthBucketSampler | TokenBatchSampler,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided by the global counts
         self.ce_weight, self.kl_weight, self.end_id = ce_weight, kl_weight, end_id
-        self.evaluate_with = evaluate_with
+        self.evaluate_with, self.sampler = evaluate_with, sampler
+        self.add_callback(EpochOrder(sampler))
+        self.peak = device_peak()
         self._sums: dict[str, Tensor] = {}
         self._since, self._logged_step, self._warned = time.monotonic(), 0, False
 
@@ -92,7 +97,22 @@ class LatentTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the clock of the throughput starts here."""
         self._since = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of this process's share of the micro-batches."""
+        if isinstance(self.sampler, LengthBucketSampler):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def _observe(self, inputs: dict[str, Tensor], out: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         # sums stay tensors: reading them here would stop the device at every step
@@ -102,6 +122,8 @@ class LatentTrainer(Trainer):
             "tokens": real,
             "slots": torch.tensor(inputs["kind"].numel()),
         }
+        if self.peak is not None:
+            sums["flops"] = step_flops(self.accelerator.unwrap_model(self.model), inputs)
         if "latent_ids" in out:
             mask = inputs["latent_mask"]
             latent = Superposition(out["latent_ids"], out["latent_weights"])
@@ -123,8 +145,13 @@ class LatentTrainer(Trainer):
             for name in ("loss_ce", "loss_kl"):
                 if name in sums:
                     logs[name] = sums[name] / steps
-            logs["tokens_per_second"] = sums["tokens"] / max(now - self._since, 1e-9)
+            seconds = max(now - self._since, 1e-9)
+            logs["tokens_per_second"] = sums["tokens"] / seconds
             logs["padding_share"] = 1 - sums["tokens"] / sums["slots"]
+            if self.peak is not None:
+                logs["mfu"] = sums["flops"] / (seconds * self.peak * self.args.world_size)
+            if torch.cuda.is_available():
+                logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if "latents" in sums:
                 logs["latent_entropy"] = sums["latent_entropy"] / sums["latents"]
                 logs["end_share"] = sums["end_share"] / sums["latents"]
@@ -161,10 +188,8 @@ class LatentTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        # buckets are cut by the global batch, so that micro-batches and processes only share it out
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthBucketSampler(list(dataset["length"]), per_step, self.args.seed)
+        assert isinstance(self.sampler, LengthBucketSampler)
+        return self.sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save only what is trained: a frozen partner or base is on disk already, and tied weights appear once."""
@@ -176,6 +201,22 @@ class LatentTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Say nothing: checkpoints hold the trained parameters only, so the others are always 'missing'."""
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch, from the step count.
+
+    accelerate does not find a sampler behind the wrappers of a run that is resumed, or that takes whole batches, on
+    several processes.
+    """
+
+    def __init__(self, sampler: LengthBucketSampler | TokenBatchSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the order of the epoch that the coming step is in."""
+        steps_per_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+        self.sampler.set_epoch(state.global_step // steps_per_epoch)
 
 
 class MetricsFile(TrainerCallback):

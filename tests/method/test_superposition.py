@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latent_sft.method.superposition import combine, entropy, gumbel, mix, perturb, superpose
+from latent_sft.method.superposition import (
+    GROUP,
+    combine,
+    entropy,
+    gumbel,
+    largest,
+    largest_but,
+    mix,
+    perturb,
+    superpose,
+)
 from latent_sft.method.types import Superposition
 
 CLIP = (-1.5, 3.0)
@@ -106,7 +116,57 @@ def test_half_precision_logits_get_float32_weights() -> None:
 
 def test_combine_is_mix_after_the_lookup() -> None:
     latent, table = random_latents(0, (2, 3, 4), 9), torch.randn(9, 5, dtype=torch.float64)
-    assert torch.equal(combine(table[latent.ids], latent.weights), mix(latent, table))
+    assert torch.allclose(combine(table[latent.ids], latent.weights), mix(latent, table), rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 40 * GROUP), st.booleans())
+def test_largest_equals_sorting_for_any_width(seed: int, k: int, vocab: int, clustered: bool) -> None:
+    """Also where the largest ones are neighbours, and where the last group is not full."""
+    k = min(k, vocab)
+    logits = torch.randn(2, 3, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    if clustered:
+        begin = seed % max(1, vocab - k)
+        logits[..., begin : begin + k] += 20.0
+    values, ids = largest(logits, k)
+    for b in range(2):
+        for n in range(3):
+            row = logits[b, n].tolist()
+            assert ids[b, n].tolist() == sorted(range(vocab), key=lambda v: -row[v])[:k]
+            assert values[b, n].tolist() == sorted(row, reverse=True)[:k]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.sampled_from([12, 13, 40, 9 * 13 * GROUP + 5]))
+def test_largest_but_leaves_one_out_where_asked(seed: int, k: int, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocab, dtype=torch.float64, generator=generator)
+    unwanted = seed % vocab
+    logits[0, unwanted] += 10.0  # the top of one row, somewhere in the others
+    drop = torch.tensor([True, seed % 2 == 0, False])
+    values, ids, top = largest_but(logits, k, unwanted, drop)
+    for n in range(3):
+        ranked = sorted(range(vocab), key=lambda v: -logits[n, v].item())
+        assert top[n] == ranked[0]
+        if drop[n]:
+            ranked.remove(unwanted)
+        if len(ranked) < k:  # all are kept, and the unwanted one comes last with weight 0
+            assert ids[n].tolist() == [*ranked, unwanted] and values[n, -1] == -math.inf
+        else:
+            assert ids[n].tolist() == ranked[:k]
+            assert values[n].tolist() == logits[n, ids[n]].tolist()
+
+
+def test_gradient_of_largest_is_that_of_topk() -> None:
+    vocab = 20 * GROUP + 7
+    logits = torch.randn(2, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    (largest(logits, 2)[0] * scale).sum().backward()
+    expected = torch.zeros(2, vocab, dtype=torch.float64)
+    for n in range(2):
+        first, second = logits[n].argsort(descending=True)[:2].tolist()
+        expected[n, first], expected[n, second] = 1.0, 2.0
+    assert torch.equal(logits.grad, expected)
 
 
 def test_entropy_limits() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latent_sft.method.superposition import gumbel
-from latent_sft.method.thinking import ANSWER, CLOSE, DONE, THINK, explicit_step, latent_step, start
+from latent_sft.method.thinking import THINK, answer_phase, explicit_step, latent_step, script_of, start
 from latent_sft.method.types import LatentSpec
 
 EOS, END, END2, END3, X, Y, PAD, THINK_ID = range(8)
@@ -44,19 +44,20 @@ class Run(NamedTuple):
 
 def run(script: Tensor, spec: LatentSpec, draws: Tensor | None = None, max_tokens: int | None = None) -> list[Run]:
     """Feed `[B, steps, V]` scripted logits to the state machine (explicit thinking where `max_tokens` is given)."""
-    state = start(len(script), spec, torch.device("cpu"))
+    state, constants = start(len(script), spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    done = answer_phase(spec) + 1
     rows = [Run([], [], []) for _ in script]
     for step in range(script.shape[1]):
         logits = script[:, step]
         before = state
         if max_tokens is None:
-            fed, state = latent_step(logits, before, spec, logits.argmax(-1), draws)
+            fed, state = latent_step(logits, before, spec, constants, draws=draws)
         else:
-            fed, state = explicit_step(logits, before, spec, logits.argmax(-1), max_tokens)
+            fed, state = explicit_step(logits, before, spec, constants, max_tokens)
         for b, row in enumerate(rows):
             row.phases.append(int(before.phase[b]))
-            if before.phase[b] == DONE:
-                assert state.phase[b] == DONE
+            if before.phase[b] == done:
+                assert state.phase[b] == done and state.num_answer[b] == before.num_answer[b]
                 continue
             if max_tokens is None and state.num_steps[b] > before.num_steps[b]:
                 row.latents.append(dict(zip(fed.ids[b].tolist(), fed.weights[b].tolist(), strict=True)))
@@ -72,13 +73,13 @@ def test_latents_then_delimiter_then_answer() -> None:
     # the two largest logits are 4 and 2: weights 1 / (1 + e^-2) and its rest
     assert row.latents[0] == pytest.approx({X: 0.8807971, Y: 0.1192029})
     assert row.tokens == [END, X, Y, EOS]
-    assert row.phases == [THINK, THINK, THINK, ANSWER, ANSWER, ANSWER, DONE]
+    assert row.phases == [THINK, THINK, THINK, 1, 1, 1, 2]  # one delimiter token: 1 is answering, 2 done
 
 
 def test_the_whole_delimiter_is_fed_whatever_the_model_says() -> None:
     (row,) = run(says(X, END, Y, Y, X, EOS)[None], make_spec(end_think_ids=(END, END2, END3)))
     assert row.tokens == [END, END2, END3, X, EOS]
-    assert row.phases == [THINK, THINK, CLOSE, CLOSE, ANSWER, ANSWER]
+    assert row.phases == [THINK, THINK, 1, 2, 3, 3]  # so many delimiter tokens fed; answering
 
 
 def test_only_the_first_delimiter_token_stops() -> None:
@@ -108,7 +109,7 @@ def test_min_latents_delays_the_stop_and_keeps_the_end_token_out() -> None:
 def test_answer_is_cut_at_the_limit() -> None:
     (row,) = run(says(END, X, Y, X, Y, X, Y)[None], make_spec(max_answer_tokens=4))
     assert row.tokens == [END, X, Y, X, Y]
-    assert row.phases[-2:] == [DONE, DONE]
+    assert row.phases[-2:] == [2, 2]
 
 
 def test_decode_temperature_flattens_the_latent() -> None:
@@ -132,16 +133,16 @@ def test_explicit_thinking_ends_with_the_spelt_delimiter() -> None:
     script = says(X, END, Y, END, END2, X, EOS)[None]
     (row,) = run(script, spec, max_tokens=10)
     assert row.tokens == [X, END, Y, END, END2, X, EOS]  # the lone END was text
-    assert row.phases == [THINK] * 5 + [ANSWER] * 2
+    assert row.phases == [THINK] * 5 + [2] * 2
 
 
 def test_explicit_steps_do_not_count_the_delimiter() -> None:
     spec = make_spec(end_think_ids=(END, END2))
-    state = start(1, spec, torch.device("cpu"))
+    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
     for logits in says(X, Y, X, END, END2):
-        _fed, state = explicit_step(logits[None], state, spec, logits.argmax(-1)[None], 10)
+        _fed, state = explicit_step(logits[None], state, spec, constants, 10)
     assert state.num_steps.tolist() == [3]
-    assert state.phase.tolist() == [ANSWER]
+    assert state.phase.tolist() == [answer_phase(spec)]
 
 
 def test_explicit_thinking_is_closed_after_the_limit() -> None:
@@ -149,9 +150,32 @@ def test_explicit_thinking_is_closed_after_the_limit() -> None:
     assert row.tokens == [X, Y, X, END, END2, Y, EOS]
 
 
+def test_an_eos_while_thinking_ends_the_row_without_an_answer() -> None:
+    spec = make_spec(end_think_ids=(END, END2))
+    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    for logits in says(X, EOS):
+        fed, state = explicit_step(logits[None], state, spec, constants, 10)
+    assert fed.ids.tolist() == [[EOS]]
+    assert (state.phase.tolist(), state.num_steps.tolist(), state.num_answer.tolist()) == ([3], [2], [0])
+
+
 def test_start_in_the_answer_phase() -> None:
-    state = start(2, make_spec(), torch.device("cpu"), phase=ANSWER)
-    assert state.phase.tolist() == [ANSWER, ANSWER]
+    spec = make_spec(end_think_ids=(END, END2))
+    state, constants = start(2, spec, torch.device("cpu"), answer_phase(spec)), script_of(spec, torch.device("cpu"))
+    assert state.phase.tolist() == [2, 2]
+    fed, state = latent_step(torch.stack([says(X)[0], says(EOS)[0]]), state, spec, constants)
+    assert fed.ids[:, 0].tolist() == [X, EOS] and fed.weights.tolist() == [[1.0, 0.0]] * 2
+    assert state.phase.tolist() == [2, 3] and state.num_answer.tolist() == [1, 1]
+
+
+def test_given_answers_replace_the_argmax_but_not_the_stop() -> None:
+    """Sampled tokens are written while answering; whether thinking stops is read from the logits themselves."""
+    spec = make_spec()
+    state, constants = start(2, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    state = state._replace(phase=torch.tensor([THINK, 1]))
+    fed, state = latent_step(says(X, X), state, spec, constants, answers=torch.tensor([END, Y]))
+    assert fed.ids[0].tolist() == [X, Y] and fed.ids[1, 0] == Y
+    assert state.phase.tolist() == [THINK, 1] and state.num_steps.tolist() == [1, 0]
 
 
 class ScriptedModel:

@@ -262,16 +262,29 @@ def test_stage2_is_not_noisy_outside_training() -> None:
 
 
 def widen(batch: dict[str, Tensor], by: int) -> dict[str, Tensor]:
-    """The same batch with `by` more columns of padding in every sequence."""
-    length = batch["ids"].shape[1]
-    fill = {"ids": PAD, "branch": -1}
+    """The same batch with `by` more columns of padding in every main track, and `by` more groups in the decoder."""
     out = dict(batch)
+    length = batch["ids"].shape[1]
+    main = {}
+    for prefix in ("", "encoder_"):
+        if prefix + "anchor" in batch:
+            main[prefix] = batch[prefix + "ids"].shape[1] - batch[prefix + "anchor"][0].numel()
     for key, value in batch.items():
+        prefix = "encoder_" if key.startswith("encoder_") else ""
         name = key.removeprefix("encoder_")
-        if name in ("ids", "kind", "branch", "position"):
-            out[key] = nn.functional.pad(value, (0, by), value=fill.get(name, 0))
-        if key in ("target_index", "kl_index"):
-            out[key] = value // length * (length + by) + value % length
+        if name in ("ids", "kind", "branch", "position", "time"):
+            cut = main.get(prefix, value.shape[1])
+            more = value.new_full((len(value), by), {"ids": PAD, "branch": -1, "time": -1}.get(name, 0))
+            pieces = [value[:, :cut], more, value[:, cut:]]
+            if "anchor" in batch and not prefix:
+                pieces += [more] * batch["anchor"].shape[2]
+            out[key] = torch.cat(pieces, dim=1)
+        if key == "anchor":
+            out[key] = nn.functional.pad(value, (0, 0, 0, by))
+    new_length = out["ids"].shape[1]
+    for key in {"target_index", "kl_index"} & batch.keys():
+        row, column = batch[key] // length, batch[key] % length
+        out[key] = row * new_length + column + by * (column >= main.get("", length))
     return out
 
 

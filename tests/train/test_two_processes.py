@@ -13,15 +13,17 @@ from latent_sft.launcher import build_command
 from latent_sft.train.run import train_stage
 
 
-@pytest.mark.parametrize("stage", ["cot", "stage1-union"])
+@pytest.mark.parametrize("stage", ["cot", "stage1-union", "stage1-decoder"])
 def test_two_processes_equal_one(tiny_config, tmp_path, stage):
-    section = {"cot": "cot", "stage1-union": "stage1.union"}[stage]
-    phases = ["stage1.encoder.enabled=false", "stage1.decoder.enabled=false"]
-    losses = {}
-    for name, nproc, batch in (("one", 1, 8), ("two", 2, 4)):
-        config = tiny_config(
-            f"run_dir={tmp_path / name}", f"launch.nproc={nproc}", f"{section}.batch_size={batch}", *phases
-        )
+    """Rows; in the decoder phase token batches, four a step, and latents that both processes store."""
+    section = {"cot": "cot", "stage1-union": "stage1.union", "stage1-decoder": "stage1.decoder"}[stage]
+    phases = [f"{phase}.enabled={str(phase == section).lower()}" for phase in ("stage1.encoder", "stage1.decoder")]
+    losses, seen, latents = {}, {}, {}
+    for name, nproc, batch, accumulation in (("one", 1, 8, 4), ("two", 2, 4, 2)):
+        cut = [f"{section}.batch_size={batch}"]
+        if stage == "stage1-decoder":
+            cut = [f"{section}.max_tokens=400", f"{section}.accumulation={accumulation}"]
+        config = tiny_config(f"run_dir={tmp_path / name}", f"launch.nproc={nproc}", *cut, *phases)
         if nproc == 1:
             train_stage(config, stage)
         else:
@@ -31,8 +33,13 @@ def test_two_processes_equal_one(tiny_config, tmp_path, stage):
                 build_command(stage, path, [], config.launch), capture_output=True, text=True, timeout=240
             )
             assert done.returncode == 0, done.stderr[-3000:]
-        lines = (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [v["train/loss"] for v in map(json.loads, lines) if "train/loss" in v]
+        folder = tmp_path / name / stage
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [v["train/loss"] for v in lines if "train/loss" in v]
+        seen[name] = json.loads((folder / "manifest.json").read_text())["examples_seen"]
+        latents[name] = [p.read_bytes() for p in sorted((tmp_path / name).glob("*-latents/store/*.arrow"))]
     assert len(losses["one"]) == 4
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert seen["two"] == seen["one"]
+    assert latents["two"] == latents["one"] and len(latents["one"]) == (3 if stage == "stage1-decoder" else 0)
     assert sys.executable in build_command(stage, "x", [], config.launch)

@@ -1,0 +1,140 @@
+"""Stage-1 models on disk, and the store of what their encoder makes of every training row.
+
+Two steps read such a store: stage 2 its labels, and the decoder phase of stage 1 the latents of its frozen encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from latent_sft.config.schema import Config
+from latent_sft.data.labels import LabelRow, LabelWriter
+from latent_sft.errors import ArtefactError
+from latent_sft.inference.solve import gold_latents
+from latent_sft.models.load import initial_marker, load_lm
+from latent_sft.models.stage1 import Stage1Model
+from latent_sft.runs import Step
+from latent_sft.workspace import STAGE1_PHASES, Workspace, processes
+
+MARKER_FILE = "marker.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+def load_stage1(work: Workspace, folder: Path) -> Stage1Model:
+    """Load encoder, decoder and marker from a finished phase.
+
+    Raises:
+        ArtefactError: the folder is incomplete.
+    """
+    if not (folder / MARKER_FILE).exists():
+        raise ArtefactError(f"{folder / MARKER_FILE}: missing; run that stage-1 phase again.")
+    model = work.config.model
+    return Stage1Model(
+        load_lm(folder / "encoder", model),
+        load_lm(folder / "decoder", model),
+        load_file(folder / MARKER_FILE)["marker"],
+        work.spec,
+        attention=work.config.stage1.attention,
+    )
+
+
+def phase_start(work: Workspace, reader: str) -> Stage1Model:
+    """Return encoder, decoder and marker as a phase of stage 1, or `label`, finds them.
+
+    Those of the phase before; the first phase starts with two copies of the base model (or the `cot` stage's) and the
+    initial marker.
+    """
+    source = work.source_of(reader)
+    if source is not None and source.directory.name in STAGE1_PHASES:
+        return load_stage1(work, source.final)
+    start = work.base if source is None else source.final
+    encoder, decoder = (load_lm(start, work.config.model) for _ in range(2))
+    marker = initial_marker(encoder, work.spec)
+    return Stage1Model(encoder, decoder, marker, work.spec, attention=work.config.stage1.attention)
+
+
+def store_latents(work: Workspace, reader: str) -> Step:
+    """Store the latents of the training set, shard by shard, or return at once where they are finished.
+
+    Resumable. The work is shared by the processes of this job; where it has one, by `labels.num_processes` of its own.
+    The encoder runs as for validation: no dropout, no noise, weights in the dtype they were loaded in.
+
+    Args:
+        work: the opened experiment.
+        reader: who will read them: `label` (that is, stage 2) or `stage1-decoder`.
+
+    Raises:
+        ArtefactError: stage 1 is not finished, or the store belongs to another experiment.
+    """
+    config, job, step = work.config, processes(), work.labels_step(reader)
+    name = step.directory.name
+    # a shard that was deleted because it was damaged makes a finished store unfinished
+    finished = step.is_finished() and not _writer(work, reader).missing_shards()
+    job.wait_for_everyone()
+    if finished:
+        log.info("%s: finished already, skipped (%s)", name, step.directory)
+        return step
+    source = work.source_of(reader)
+    if source is not None:
+        source.results()
+    with job.main_process_first():
+        if job.is_main_process:
+            step.begin(config.seed)
+        writer = _writer(work, reader)
+    workers = min(config.labels.num_processes, max(1, len(writer.missing_shards())))
+    if job.num_processes == 1 and workers > 1:
+        log.info("%s: %d processes", name, workers)
+        # each process opens the experiment by itself: nothing but the configuration is sent
+        torch.multiprocessing.spawn(_worker, args=(workers, config, reader), nprocs=workers, join=True)
+    else:
+        _write_missing(work, reader, job.process_index, job.num_processes)
+    job.wait_for_everyone()
+    if job.is_main_process:
+        writer.finish()
+        step.finish(num_rows=len(work.data["train"]))
+    job.wait_for_everyone()
+    return step
+
+
+def _worker(rank: int, world_size: int, config: Config, reader: str) -> None:
+    work = Workspace(config)
+    torch.set_num_threads(config.launch.cpu_threads or max(1, torch.get_num_threads() // world_size))
+    _write_missing(work, reader, rank, world_size)
+
+
+def _writer(work: Workspace, reader: str) -> LabelWriter:
+    step = work.labels_step(reader)
+    return LabelWriter(
+        step.directory / "store",
+        work.labels_made_from(reader),
+        top_k=work.spec.top_k,
+        dtype=step.inputs["dtype"],
+        shard_size=step.inputs["shard_size"],
+        num_rows=len(work.data["train"]),
+    )
+
+
+def _write_missing(work: Workspace, reader: str, rank: int, world_size: int) -> None:
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+    model = phase_start(work, reader).to(device)
+    writer, train = _writer(work, reader), work.data["train"]
+    missing = writer.missing_shards(rank, world_size)
+    total = sum(len(writer.rows_of(s)) for s in missing)
+    with tqdm(total=total, desc=work.labels_step(reader).directory.name, unit="row", disable=rank > 0) as bar:
+        for shard in missing:
+            rows = list(train.select(writer.rows_of(shard)))
+            # similar lengths together, then back into order
+            order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
+            batch_size = work.config.labels.batch_size
+            latents = dict(zip(order, gold_latents(model, [rows[i] for i in order], batch_size), strict=True))
+            writer.write(
+                shard,
+                [LabelRow(id=r["id"], hash=r["hash"], latents=latents[i]) for i, r in enumerate(rows)],
+            )
+            bar.update(len(rows))

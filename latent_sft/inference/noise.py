@@ -1,0 +1,87 @@
+"""Random draws of decoding: one generator a problem, so that neither batch nor order changes what a problem draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latent_sft.method.superposition import NOISE_DRAWS, gumbel
+from latent_sft.method.types import LatentSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Sampled answers (and explicit CoT) and noisy latents, reproducible per problem whatever the batch.
+
+    Attributes:
+        temperature: of the token distribution; 0 is greedy.
+        top_p: nucleus mass.
+        latent_noise: perturb latents with the spec's Gumbel noise (`noise_scale`).
+        seed: together with a problem's number in the call it decides all its draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    latent_noise: bool = False
+    seed: int = 0
+
+
+class Noise:
+    """The generators of the problems in work.
+
+    Attributes:
+        tokens: whether tokens are sampled.
+        latents: whether latents are perturbed.
+    """
+
+    def __init__(self, sampling: Sampling | None, spec: LatentSpec, latent: bool, device: torch.device) -> None:
+        self.tokens = sampling is not None and sampling.temperature > 0
+        self.latents = latent and sampling is not None and sampling.latent_noise and spec.noise_scale > 0
+        self._seed = 0 if sampling is None else sampling.seed
+        self._spec, self._device = spec, device
+        self._generators: dict[int, torch.Generator] = {}
+
+    def draw(self, problems: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the next Gumbel draws of each problem (None: an idle slot, which draws nothing).
+
+        Returns:
+            `[B, V]` for tokens and `[R, B, K]` for latents, each None where it is not needed.
+        """
+        if not self.tokens and not self.latents:
+            return None, None
+        sizes = self._spec.vocab_size * self.tokens, NOISE_DRAWS * self._spec.top_k * self.latents
+        drawn = torch.zeros(len(problems), sum(sizes))
+        for row, problem in enumerate(problems):
+            if problem is not None:
+                generator = self._generators.get(problem)
+                if generator is None:
+                    generator = torch.Generator().manual_seed(self._seed * 1_000_003 + problem)
+                    self._generators[problem] = generator
+                parts = [gumbel((size,), generator, torch.device("cpu")) for size in sizes if size]
+                torch.cat(parts, out=drawn[row])
+        tokens, latents = drawn.to(self._device).split(sizes, dim=1)
+        shaped = latents.view(len(problems), -1, self._spec.top_k).transpose(0, 1)
+        return tokens if self.tokens else None, shaped if self.latents else None
+
+    def forget(self, problem: int) -> None:
+        """Drop the generator of a problem that is done."""
+        self._generators.pop(problem, None)
+
+
+def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+    """Return a sampled token a row, `[B]`: Gumbel-max over the nucleus.
+
+    Args:
+        logits: `[B, V]`.
+        noise: `[B, V]` Gumbel draws.
+        sampling: temperature (> 0) and top_p.
+    """
+    scaled = logits.float() / sampling.temperature
+    if sampling.top_p < 1:
+        ordered, index = scaled.softmax(-1).sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the entry that crosses the mass stays
+        scaled = scaled.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
+    return (scaled + noise).argmax(-1)

@@ -1,0 +1,43 @@
+"""The encoder's superpositions straight from hidden states, without logits over the vocabulary in the backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_sft.method.superposition import largest, largest_but, weighted
+from latent_sft.method.types import Superposition
+
+# Rows projected at once; more only take memory (256 rows of 150k logits are 150 MB).
+ROWS = 256
+
+
+def superpose_states(
+    hidden: Tensor, table: Tensor, top_k: int, temperature: float = 1.0, exclude: int | None = None
+) -> Superposition:
+    """Return `superpose(hidden @ table.T)`: which entries are kept is found without gradient, in chunks of rows, and only
+    the kept logits are computed with it.
+
+    The same values and the same gradient of `hidden`, since a softmax over kept logits has no gradient in the others. The
+    table is not trained through latents (reference section 1.2).
+
+    Args:
+        hidden: `[..., D]`.
+        table: `[V, D]`.
+        top_k: number of kept entries, 1..V.
+        temperature: > 0.
+        exclude: id that must not be part of the superposition, or None.
+
+    Returns:
+        Superposition of ids `[..., K]`, largest first, and weights `[..., K]`.
+    """
+    table = table.detach()
+    with torch.no_grad():
+        chunks = []
+        for rows in hidden.flatten(0, -2).split(ROWS):
+            logits = torch.nn.functional.linear(rows, table)
+            found = largest(logits, top_k) if exclude is None else largest_but(logits, top_k, exclude)
+            chunks.append(found[1])
+        ids = torch.cat(chunks).unflatten(0, hidden.shape[:-1])
+    kept = torch.einsum("...d,...kd->...k", hidden, torch.nn.functional.embedding(ids, table))
+    return weighted(kept, ids, temperature)

@@ -1,0 +1,133 @@
+"""From hidden states to logits and losses: the LM head of any Hugging Face causal decoder.
+
+No family names: the three scalars that some families put between hidden states and logits are read from their
+configuration, and `check_head` compares with the model's own logits. Training calls `ce_total` and `kl_total`, which
+take a chunk of logits at a time (`latent_sft.method.losses`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from latent_sft.errors import ConfigError
+from latent_sft.method.losses import LinearHead, chunk_rows, linear_nll, mapped_nll
+from latent_sft.method.types import Superposition
+from latent_sft.models.backbone import core, embed, hidden_states, input_table
+
+
+def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the map from hidden states `[M, D]` to logits `[M, V]`, with the family's scaling and soft-capping."""
+    output = core(model).get_output_embeddings()
+    scale, cap = _scalars(model)
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = output(hidden)
+        if scale != 1.0:
+            out = out * scale
+        if cap is not None:
+            out = torch.tanh(out / cap) * cap
+        return out
+
+    return logits
+
+
+def ce_total(model: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of weighted cross-entropies, as `weighted_cross_entropy` of the logits, in nats.
+
+    Args:
+        model: causal LM, possibly wrapped by PEFT.
+        hidden: `[M, D]` last hidden states of the labelled positions; M may be 0.
+        targets: `[M]` token ids.
+        weights: `[M]`.
+    """
+    return head_nll(model, hidden, targets[:, None], torch.ones_like(weights)[:, None], weights)
+
+
+def kl_total(model: nn.Module, hidden: Tensor, teacher: Superposition, weights: Tensor) -> Tensor:
+    """Return the sum of weighted KL divergences, as `weighted_sparse_kl` of the logits, in nats.
+
+    Args:
+        model: causal LM, possibly wrapped by PEFT.
+        hidden: `[M, D]` last hidden states, one position before each latent; M may be 0.
+        teacher: ids and weights `[M, K]`.
+        weights: `[M]`.
+    """
+    nll = head_nll(model, hidden, teacher.ids, teacher.weights, weights)
+    entropy = torch.special.entr(teacher.weights.to(nll.dtype)).sum(-1)
+    return nll - (entropy * weights.to(nll.dtype)).sum()
+
+
+def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:
+    """Return `sum_m w_m sum_k alpha_mk (logsumexp(logits_m) - logits_m[id_mk])` through the model's own head.
+
+    Args:
+        model: causal LM, possibly wrapped by PEFT.
+        hidden: `[M, D]` last hidden states; M may be 0.
+        ids: `[M, K]` token ids.
+        alpha: `[M, K]` weights of the ids, no gradient.
+        weights: `[M]` weights of the positions, no gradient.
+
+    Returns:
+        Scalar, nats, float32 (float64 stays).
+    """
+    output = core(model).get_output_embeddings()
+    scale, cap = _scalars(model)
+
+    def fused(hidden: Tensor) -> Tensor:
+        return linear_nll(hidden, LinearHead(output.weight, output.bias, scale, cap), ids, alpha, weights)
+
+    # DeepSpeed ZeRO-3 leaves parameters empty and fills them by hooks around a module's call
+    partitioned = any(hasattr(p, "ds_id") for p in output.parameters())
+    plain = type(output) is nn.Linear and type(output.weight) is nn.Parameter and "forward" not in vars(output)
+    if plain and partitioned:
+        return _call_with(output, fused, hidden)
+    if plain and not output._forward_hooks and not output._forward_pre_hooks:
+        return fused(hidden)
+    # every call of a partitioned head is a collective, and all processes must make the same number of them: one
+    vocab_size = core(model).config.get_text_config().vocab_size
+    chunk = len(hidden) if partitioned else chunk_rows(vocab_size, hidden.device)
+    return mapped_nll(hidden, head(model), ids, alpha, weights, chunk)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Compare our logits with the model's own on three tokens.
+
+    Raises:
+        ConfigError: they differ; the family does something between hidden states and logits that is not known here.
+    """
+    lm = core(model)
+    was_training = lm.training
+    lm.eval()
+    device = input_table(lm).device
+    ids = torch.arange(3, device=device)[None] % lm.config.get_text_config().vocab_size
+    own = lm(input_ids=ids, use_cache=False).logits
+    ours = head(lm)(hidden_states(lm, embed(lm, ids)))
+    lm.train(was_training)
+    scale = own.abs().max().clamp(min=1.0)
+    if (own - ours).abs().max() > 1e-2 * scale:
+        raise ConfigError(
+            f"model: {type(lm).__name__} computes its logits in a way this version does not know (difference "
+            f"{(own - ours).abs().max().item():.3g}). Please report the model type {lm.config.model_type!r}."
+        )
+
+
+def _scalars(model: nn.Module) -> tuple[float, float | None]:
+    """Return the factor on the logits and their soft-cap (None: no cap), from the configuration."""
+    config = core(model).config
+    divide = getattr(config, "logits_scaling", None)
+    times = getattr(config, "logit_scale", None)
+    scale = (1.0 if times is None else times) / (1.0 if divide is None else divide)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _call_with(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Call a module, hooks included, with another `forward` than its own."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        return module(hidden)
+    finally:
+        del module.forward

@@ -1,0 +1,73 @@
+"""Draws that belong to a problem, and tokens sampled from the nucleus."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from latent_sft.inference.noise import Noise, Sampling, sample
+from latent_sft.method.superposition import NOISE_DRAWS
+from latent_sft.method.types import LatentSpec
+
+SPEC = LatentSpec(
+    think_ids=(2,), end_think_ids=(3,), eos_id=1, pad_id=0, vocab_size=9, top_k=4, noise_scale=1.0, max_latents=5
+)
+BOTH = Sampling(temperature=1.0, latent_noise=True, seed=5)
+CPU = torch.device("cpu")
+
+
+def test_a_problem_draws_the_same_wherever_it_sits():
+    one, other = Noise(BOTH, SPEC, True, CPU), Noise(BOTH, SPEC, True, CPU)
+    together = [one.draw([4, 7, None]) for _ in range(2)]
+    alone = [other.draw([7]) for _ in range(2)]
+    for (tokens, latents), (token, latent) in zip(together, alone, strict=True):
+        assert tokens.shape == (3, 9) and latents.shape == (NOISE_DRAWS, 3, 4)
+        assert torch.equal(tokens[1], token[0]) and torch.equal(latents[:, 1], latent[:, 0])
+        assert not torch.equal(tokens[0], tokens[1])
+        assert not tokens[2].any() and not latents[:, 2].any()
+    assert not torch.equal(together[0][0], together[1][0])
+
+
+def test_a_forgotten_problem_begins_anew():
+    noise = Noise(BOTH, SPEC, True, CPU)
+    (first, _), (second, _) = noise.draw([3]), noise.draw([3])
+    noise.forget(3)
+    assert torch.equal(noise.draw([3])[0], first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "latent", "drawn"),
+    [
+        (None, True, (False, False)),
+        (Sampling(), True, (False, False)),
+        (Sampling(temperature=1.0), True, (True, False)),
+        (Sampling(latent_noise=True), True, (False, True)),
+        (BOTH, False, (True, False)),
+    ],
+)
+def test_only_what_is_needed_is_drawn(sampling, latent, drawn):
+    assert tuple(d is not None for d in Noise(sampling, SPEC, latent, CPU).draw([0])) == drawn
+    silent = Noise(sampling, dataclasses.replace(SPEC, noise_scale=0.0), latent, CPU).draw([0])
+    assert tuple(d is not None for d in silent) == (drawn[0], False)
+
+
+def test_top_p_leaves_only_the_nucleus():
+    """Probabilities 0.6, 0.3, 0.1: top_p 0.5 keeps the first, 0.7 the first two (the one that crosses stays)."""
+    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(300, 3)
+    spec = dataclasses.replace(SPEC, vocab_size=3, top_k=2, think_ids=(0,), end_think_ids=(0,))
+    for top_p, allowed in ((0.5, {0}), (0.7, {0, 1}), (1.0, {0, 1, 2})):
+        sampling = Sampling(temperature=1.0, top_p=top_p)
+        drawn = sample(logits, Noise(sampling, spec, True, CPU).draw(range(300))[0], sampling).tolist()
+        assert set(drawn) == allowed
+    assert drawn.count(0) / 300 == pytest.approx(0.6, abs=0.09)  # three standard errors
+
+
+def test_temperature_sharpens():
+    """Probabilities 0.8 and 0.2: at temperature 1/2 their squares, 16/17 and 1/17."""
+    sampling = Sampling(temperature=0.5)
+    spec = dataclasses.replace(SPEC, vocab_size=2, top_k=2, think_ids=(0,), end_think_ids=(0,))
+    noise = Noise(sampling, spec, True, CPU).draw(range(2000))[0]
+    drawn = sample(torch.tensor([0.8, 0.2]).log().expand(2000, 2), noise, sampling).tolist()
+    assert drawn.count(0) / 2000 == pytest.approx(16 / 17, abs=0.016)
