@@ -7,6 +7,7 @@ the denominators of the cross-entropy and of the KL; the trainer sums it over th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,11 +149,7 @@ def _two_track(rows: Sequence[Row], pad_id: int) -> tuple[Batch, list[list[int]]
         padded = [group + [-1] * (width - len(group)) for group in groups]
         padded += [[-1] * width] * (num_groups - len(groups))
         slots.append(main + [-1] * (main_length - len(main)) + [t for group in padded for t in group])
-        # a row holds `first` tokens before the group, of which those of earlier groups are not on the main track
-        before, anchor = 0, []
-        for group in groups:
-            anchor.append([group[0] - before - 1] * width)
-            before += len(group)
+        anchor = [[bisect_left(main, group[0]) - 1] * width for group in groups]
         anchors.append(anchor + [[0] * width] * (num_groups - len(groups)))
     batch = _filled(rows, slots, pad_id)
     batch["time"] = torch.tensor(slots)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from latent_sft.inference.cache import SlotCache, Windows, prompt_mask, repacked
 from latent_sft.inference.noise import Noise, Sampling, sample
 from latent_sft.method import thinking
+from latent_sft.method.masks import to_additive
 from latent_sft.method.thinking import ThinkState
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import core, embed, mix_latents
 
 PREFILL_TOKENS = 16384  # of prompts read at once; their attention mask is `[n, 1, W, W]`
 FIRST_COLUMNS = 64  # beyond the longest prompt; buffers grow by doubling, since few rows need all they may
-# a quarter of the slots is filled at once: reading a few prompts costs nearly as much as reading many, and of 1/64, 1/16,
-# 1/8 and 1/4, this was the fastest for models of 0.3M and 20M parameters on a CPU
+# a quarter of the slots is filled at once: reading a few prompts costs nearly as much as reading many. With 64 slots on
+# a CPU this took 10 to 15 % less time a problem than filling each slot at once; waiting for half gave little more
 REFILL = 4
 # moving everything to the left pays where this many columns, and half as many as are in use, are empty for all rows
 WASTE = 32
@@ -159,13 +160,13 @@ class Slots:
         self.cache.prompts = None
         lowest = torch.finfo(embeds.dtype).min
         row = torch.full((len(slots), self.cache.capacity), lowest, dtype=embeds.dtype, device=self.device)
-        row[:, column - width : column] = torch.where(real, 0.0, lowest).to(row.dtype)
+        row[:, column - width : column] = to_additive(real, embeds.dtype)
         self.visible.index_copy_(0, where, row)
         self.embeds.index_copy_(0, where, moved.embeds)
         self.position.index_copy_(0, where, moved.position)
         self.state = ThinkState(*(o.index_copy(0, where, n) for o, n in zip(self.state, moved.state, strict=True)))
         for buffer, fed in zip(self.trace, moved.fed, strict=True):
-            buffer[:, column].index_copy_(0, where, fed)
+            buffer[:, column].index_copy_(0, where, fed.to(buffer.dtype))
         for slot, problem, length in zip(slots, problems, lengths.tolist(), strict=True):
             self.problems[slot], self.begin[slot], self.width[slot] = problem, column - length, length
 

@@ -192,14 +192,16 @@ def explicit_row(
 def two_track(row: Row) -> tuple[list[int], list[list[int]]]:
     """Split a stage-1 row into its main track and the groups of side tokens that hang off it.
 
-    The main track is what plain causal attention runs over: prompt, latents, delimiter and answer in the decoder, all
-    text in the encoder. A group is one chunk in the decoder, one marker in the encoder.
+    The main track is what plain causal attention runs over: prompt, latents, delimiter and answer in the decoder,
+    text in the encoder. A group is one chunk in the decoder, one marker in the encoder. Tokens that nobody sees and
+    that predict nothing are left out, since they cannot change a result: in the decoder the last token of every chunk
+    (half of all chunk tokens at r = 2) and of the answer, in the encoder the text behind the last marker.
 
     Returns:
         Indices into the row: the main track, and one list a group in order of `branch`.
 
     >>> two_track(decoder_row([7], [[1], [2, 3]], [8], [9], "token"))
-    ([0, 1, 4, 5, 6], [[2, 3]])
+    ([0, 1, 4, 5], [[2]])
     """
     main: list[int] = []
     groups: dict[int, list[int]] = {}
@@ -208,7 +210,10 @@ def two_track(row: Row) -> tuple[list[int], list[list[int]]]:
             groups.setdefault(row.branch[t], []).append(t)
         else:
             main.append(t)
-    return main, [groups[i] for i in sorted(groups)]
+    side = [groups[i] for i in sorted(groups)]
+    if Kind.MARKER in row.kind:
+        return [t for t in main if t < side[-1][0]], side
+    return main[:-1], [group[:-1] for group in side if len(group) > 1]
 
 
 def loss_count(row: Row, normalisation: str) -> float:

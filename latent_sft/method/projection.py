@@ -15,11 +15,11 @@ ROWS = 256
 def superpose_states(
     hidden: Tensor, table: Tensor, top_k: int, temperature: float = 1.0, exclude: int | None = None
 ) -> Superposition:
-    """Return `superpose(hidden @ table.T)`: which entries are kept is found without gradient, in chunks of rows, and only
-    the kept logits are computed with it.
+    """Return `superpose(hidden @ table.T)` with all logits of a few rows at a time, and none of them kept.
 
-    The same values and the same gradient of `hidden`, since a softmax over kept logits has no gradient in the others. The
-    table is not trained through latents (reference section 1.2).
+    Which entries a latent keeps is found without gradient; the kept logits are then computed once more with it. The
+    same values and gradient of `hidden`, since a softmax over kept logits has no gradient in the others. The table is
+    not trained through latents (reference section 1.2).
 
     Args:
         hidden: `[..., D]`.
@@ -40,4 +40,6 @@ def superpose_states(
             chunks.append(found[1])
         ids = torch.cat(chunks).unflatten(0, hidden.shape[:-1])
     kept = torch.einsum("...d,...kd->...k", hidden, torch.nn.functional.embedding(ids, table))
+    if exclude is not None:  # it is among the ids only where they are the whole vocabulary
+        kept = kept.masked_fill(ids == exclude, float("-inf"))
     return weighted(kept, ids, temperature)

@@ -21,15 +21,16 @@ def explicit_lengths(data: Any, spec: LatentSpec, *, with_cot: bool) -> Lengths:
 def stage1_lengths(data: Any, spec: LatentSpec) -> Lengths:
     """Lengths of the longer of the stage-1 decoder's sequence and the encoder's, in two-track order.
 
-    Padded apart: the main track of each, the number of chunks, their longest, and the number of markers.
+    Padded apart: the main track of each, the number of chunks, their longest, and the number of markers. A chunk's last
+    token is not in the batch, so a chunk of one token is none (`layout.two_track`).
     """
     segments = [list(lengths) for lengths in data["segment_lengths"]]
     latents = torch.tensor([len(s) for s in segments])
-    chunk = torch.tensor([max(s[1:], default=0) for s in segments])
-    prompt, end = _count(data, "prompt"), len(spec.end_think_ids)
-    main = prompt + latents + end + _count(data, "answer")
-    text = prompt + _count(data, "cot") + end
-    parts = torch.stack([main, (latents - 1).clamp(min=0), chunk, text, latents], dim=1)
+    chunks = torch.tensor([sum(length > 1 for length in s[1:]) for s in segments])
+    chunk = torch.tensor([max((length - 1 for length in s[1:]), default=0) for s in segments])
+    prompt = _count(data, "prompt")
+    main = prompt + latents + len(spec.end_think_ids) + _count(data, "answer") - 1
+    parts = torch.stack([main, chunks, chunk, prompt + _count(data, "cot"), latents], dim=1)
     return Lengths(parts, _stage1_width)
 
 

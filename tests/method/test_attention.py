@@ -117,7 +117,7 @@ def test_masks_are_as_small_as_the_layout_allows() -> None:
     """160 markers of 2 tokens each: two blocks, the first reads only the text that its markers see."""
     batch = stage1_batch([row(0, 10, [2] * 160, 1)], SPEC, normalisation="token")
     text = batch["encoder_ids"].shape[1] - 160
-    assert text == 10 + 320 + 2
+    assert text == 10 + 320
     first, second = induction_tracks(batch["encoder_anchor"], text, torch.float32).markers
     assert first.mask.shape == (1, 1, 128, 10 + 256 + 128) and second.mask.shape == (1, 1, 32, 10 + 320 + 32)
 

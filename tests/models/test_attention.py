@@ -156,8 +156,8 @@ def test_backends_that_cannot_run_are_refused() -> None:
 
 def test_windows_are_refused_by_what_they_would_hide() -> None:
     model = stage1("mistral", "two_track")
-    model.decoder.config.sliding_window = model.encoder.config.sliding_window = 12
-    short = stage1_batch([row(0, 3, 6)], SPEC, normalisation="token")  # text: 4 + 6 + 2 tokens
+    model.decoder.config.sliding_window = model.encoder.config.sliding_window = 10
+    short = stage1_batch([row(0, 3, 6)], SPEC, normalisation="token")  # encoder text: 4 + 6 tokens
     model(**short)
-    with pytest.raises(ConfigError, match="sliding-window attention of 12 with a stage-1 sequence of 13 tokens"):
+    with pytest.raises(ConfigError, match="sliding-window attention of 10 with a stage-1 sequence of 11 tokens"):
         model(**stage1_batch([row(0, 3, 7)], SPEC, normalisation="token"))
