@@ -85,15 +85,17 @@ def test_floor_by_hand():
     """One layer, H=2, I=3, V=5: W = 4*4 + 3*6 = 34. Prompt 3, CoT 5 at r=2 (2+2+1), `</think>` 3, answer 2."""
     size = Size(hidden=2, layers=1, heads=1, intermediate=3, vocab=50)
     case = Case(part="stage1", name="", size=size, prompt=3, cot=(5,), rate=2, answer=2)
-    text = 3 + 5 + 3
+    text = 3 + 5
     encoder_pairs = text * (text + 1) // 2 + (3 + 2 + 1) + (3 + 4 + 1) + (3 + 5 + 1)
-    main = 3 + 3 + 3 + 2
-    decoder_pairs = main * (main + 1) // 2 + (2 + 3) + 2  # branches of 2 and 1 tokens; each token sees its latent too
-    blocks = 2 * 34 * (text + 3 + main + 3) + 4 * 2 * (encoder_pairs + decoder_pairs)
+    main = 3 + 3 + 3 + 2 - 1
+    decoder_pairs = (
+        main * (main + 1) // 2 + 2
+    )  # one token of the chunk of 2, none of that of 1
+    blocks = 2 * 34 * (text + 3 + main + 1) + 4 * 2 * (encoder_pairs + decoder_pairs)
     head = 2 * 2 * 50 * (3 + 5)  # S_2, S_3, `</think>` and the answer
     assert floor.of_case(case) == 3 * (blocks + head) + 2 * 2 * 50 * 3
     decoder = dataclasses.replace(case, part="decoder")
-    assert floor.of_case(decoder) == 3 * (2 * 34 * (main + 3) + 4 * 2 * decoder_pairs + head)
+    assert floor.of_case(decoder) == 3 * (2 * 34 * (main + 1) + 4 * 2 * decoder_pairs + head)
     read = 2 * 34 * (text + 3) + 4 * 2 * encoder_pairs
     assert floor.of_case(dataclasses.replace(case, part="labels")) == read + 2 * 2 * 50 * 3
     # stage 2: prompt 3, two latents, tail 5; KL at 2 positions and CE at 5

@@ -9,10 +9,11 @@ blocks (`layers * (4 H^2 + 3 H I)`):
     backward        twice that again, for the gradients of inputs and of weights
 
 Allowed pairs of stage 1, for a prompt of P tokens, a CoT of L in N segments, `</think>` of E and an answer of A tokens:
-encoder text `T(T+1)/2` with `T = P+L+E`, a marker all text before it and itself; main track of the decoder `M(M+1)/2`
-with `M = P+N+E+A`; the j-th token of a branch `j+1`. The encoder's projection (2 H V a marker) counts forward only: its
-gradient passes through the k kept logits. Norms, activations, softmax, recomputation and the optimiser do not count, so
-the floor cannot be reached; it does not depend on how the work is done.
+encoder text `T(T+1)/2` with `T = P+L`, a marker all text before it and itself; main track of the decoder `M(M+1)/2`
+with `M = P+N+E+A-1`; the j-th token of a branch `j+1`. The last tokens of chunks and answers predict nothing and do not
+count. The encoder's projection (2 H V a marker) counts forward only: its gradient passes through the k kept logits.
+Norms, activations, softmax, recomputation and the optimiser do not count, so the floor cannot be reached; it does not
+depend on how the work is done.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _total(parts: Iterable[Work]) -> Work:
 
 
 def _encoder(case: Case, length: int) -> Work:
-    text = case.prompt + length + len(spec_of(case.size).end_think_ids)
+    text = case.prompt + length  # no marker sees </think>
     segments = fixed_segments(length, case.rate)
     read, pairs = case.prompt, text * (text + 1) // 2
     for segment in segments:
@@ -122,10 +123,11 @@ def _encoder(case: Case, length: int) -> Work:
 def _decoder(case: Case, length: int) -> Work:
     segments = fixed_segments(length, case.rate)
     tail = len(spec_of(case.size).end_think_ids) + case.answer
-    main = case.prompt + len(segments) + tail
-    branches = sum(segments[1:])
-    pairs = main * (main + 1) // 2 + sum(j + 1 for n in segments[1:] for j in range(1, n + 1))
-    return Work(main + branches, pairs, branches + tail)
+    # the last token of the answer and of each chunk predicts nothing and is seen by nobody
+    main = case.prompt + len(segments) + tail - 1
+    branches = sum(n - 1 for n in segments[1:])
+    pairs = main * (main + 1) // 2 + sum(j + 1 for n in segments[1:] for j in range(1, n))
+    return Work(main + branches, pairs, sum(segments[1:]) + tail)
 
 
 def _stage2(case: Case, latents: int) -> Work:

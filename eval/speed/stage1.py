@@ -16,8 +16,8 @@ from latent_sft.method.types import Superposition
 from latent_sft.models.stage1 import Stage1Model
 
 # r -> CoT lengths; the plain path takes minutes a call and gigabytes beyond PLAIN_UP_TO
-LENGTHS = {2: (128, 512, 2048, 8192), 4: (128, 512, 2048, 8192), 16: (128, 256, 512, 1024, 2048, 4096, 8192)}
-PLAIN_UP_TO = {2: 512, 4: 2048, 16: 4096}
+LENGTHS = {2: (128, 512, 2048), 4: (128, 512, 2048), 16: (128, 256, 512, 1024, 2048, 4096, 8192)}
+PLAIN_UP_TO = {2: 512, 4: 512, 16: 4096}
 RAGGED = tuple(range(60, 257, 28))
 DECODER_LENGTHS = (1024, 2048, 4096, 8192)
 LONGEST, LIMIT_GIB = 16_384, 8.0
