@@ -41,6 +41,7 @@ smoke: setup ## every stage for two steps, in a fresh runs/smoke
 check: setup ## lint and formatting, changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/* .ci/run
 
 format: setup ## fix what ruff can fix
 	$(BIN)/ruff check --fix .

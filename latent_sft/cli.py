@@ -1,21 +1,25 @@
 """The `latent-sft` command: one parser, one dispatch. Whatever imports torch is imported inside its handler.
 
-Exit status: 0 done, 1 failure, 2 a mistake of the user (one message, no traceback), 130 interrupted.
+Exit status: 0 done, 1 failure, 2 a mistake of the user (one message, no traceback), 75 told to stop by SIGTERM or
+SIGUSR1 (what is done is saved; the same command goes on), 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from latent_sft import __version__
 from latent_sft.config.schema import STAGES
-from latent_sft.errors import ConfigError, LatentSFTError, TrainingError, did_you_mean
+from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError, did_you_mean
 
 if TYPE_CHECKING:
     from latent_sft.config.schema import Config
@@ -29,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("latent_sft").setLevel(logging.INFO)
     args = parse(argv)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         return args.handler(args) or OK
+    except Interrupted as stopped:
+        print(f"{stopped}; run the same command again to go on", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
@@ -42,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if expected or args.debug else " (add --debug for the traceback)"
         print(f"error: {kind}{error}{hint}", file=sys.stderr)
         return USER_ERROR if expected and not isinstance(error, TrainingError) else FAILURE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # while a stage trains, `train/interruption.py` listens instead: there a step is finished and saved
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -105,8 +121,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default <run>/export")
     export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
     export.add_argument("--private", action="store_true", help="make the repository private")
-    experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
-    experiment(verb("config", _config, "the resolved configuration as YAML"))
+    plan = experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
+    plan.add_argument("--gpus", type=int, metavar="N", help="also: what N GPUs need, steps, tokens, time")
+    plan.add_argument("--gpu-memory", type=float, metavar="G", help="GiB of one GPU; with --gpus")
+    plan.add_argument("--tokens-per-second", type=float, metavar="X", help="of the whole job; as measured in this run")
+    plan.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not here")
+    plan.add_argument("--example-tokens", type=_tokens, metavar="P,C,A", help="prompt, CoT, answer of such a row")
+    shown = experiment(verb("config", _config, "the resolved configuration as YAML"))
+    shown.add_argument("--directory", action="store_true", help="the run directory alone")
     verb("env", _env, "versions and devices")
     return parser, list(table.choices)
 
@@ -115,6 +137,14 @@ def _stage(name: str) -> str:
     if name not in STAGES:
         raise argparse.ArgumentTypeError(f"unknown stage {name!r}.{did_you_mean(name, STAGES)}")
     return name
+
+
+def _tokens(text: str) -> tuple[int, int, int]:
+    try:
+        prompt, cot, answer = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected three numbers such as 120,60,5") from None
+    return prompt, cot, answer
 
 
 def _load(args: argparse.Namespace) -> Config:
@@ -138,9 +168,11 @@ def _train(args: argparse.Namespace) -> int | None:
 
     status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
     if status is None:
+        from latent_sft.runs import exclusive
         from latent_sft.train.run import train_stage
 
-        train_stage(config, args.stage)
+        with exclusive(Path(config.directory) / args.stage, take=os.environ.get("RANK", "0") == "0"):
+            train_stage(config, args.stage)
     return status
 
 
@@ -206,15 +238,30 @@ def _export(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     config = _load(args)
+    if (args.gpus is None) != (args.gpu_memory is None):
+        raise ConfigError("plan: --gpus and --gpu-memory belong together; give both or neither.")
     from latent_sft.plan import plan
 
     print(plan(config, args.config, args.overrides), end="")
+    if args.gpus is not None:
+        from latent_sft.forecast import forecast
+
+        table = forecast(
+            config,
+            args.gpus,
+            args.gpu_memory,
+            tokens_per_second=args.tokens_per_second,
+            count=args.rows,
+            example_tokens=args.example_tokens,
+        )
+        print(table, end="")
 
 
 def _config(args: argparse.Namespace) -> None:
     from latent_sft.config.load import to_yaml
 
-    print(to_yaml(_load(args)), end="")
+    config = _load(args)
+    print(f"{config.directory}\n" if args.directory else to_yaml(config), end="")
 
 
 def _env(args: argparse.Namespace) -> None:

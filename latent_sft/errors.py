@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 75
+"""Exit status of a job that was told to stop and can go on: EX_TEMPFAIL of sysexits.h."""
+
 
 class LatentSFTError(Exception):
     """Base of all errors the package raises for the user: what, where, what was expected, what to do."""
@@ -28,6 +31,13 @@ class ExportError(LatentSFTError):
 
 class TrainingError(LatentSFTError):
     """Training cannot go on (non-finite loss, no data left, a rank without rows)."""
+
+
+class Interrupted(BaseException):
+    """The job was told to stop (SIGTERM, SIGUSR1) and what is done so far is saved; no Exception, as KeyboardInterrupt.
+
+    The process ends with status `STOPPED`.
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str], *, shown: int = 8) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 
 from latent_sft.config.load import to_yaml
 from latent_sft.config.schema import Config
-from latent_sft.errors import TrainingError
+from latent_sft.errors import STOPPED, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
 from latent_sft.export.checkpoint import export_run
 from latent_sft.inference.label import make_labels
-from latent_sft.launcher import build_command, start
+from latent_sft.launcher import bound_environ, build_command, start
 from latent_sft.plan import steps
-from latent_sft.runs import read_json, write_atomically, write_json
+from latent_sft.runs import exclusive, read_json, write_atomically, write_json
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import Workspace
 
@@ -59,12 +59,15 @@ def run_experiment(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, name: str, work: Workspace) -> None:
-    if config.launch.nproc == 1 or work.step(name).is_finished():
-        train_stage(config, name, work)
+    if config.launch.alone or work.step(name).is_finished():
+        with exclusive(work.step(name).directory):
+            train_stage(config, name, work)
         return
     path = work.directory / "config.yaml"
     write_atomically(path, to_yaml(config))
     status = start(build_command(name, path, [], config.launch))
+    if status == STOPPED:
+        raise Interrupted(f"{name}: stopped as told")
     if status != 0:
         raise TrainingError(
             f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above."
@@ -87,7 +90,7 @@ class _Baseline:
         log.info("no-cot: trains beside the next stages; its output is in %s", self.console)
         self.console.parent.mkdir(parents=True, exist_ok=True)
         with open(self.console, "ab") as console:
-            self.job = subprocess.Popen(self.command, stdout=console, stderr=subprocess.STDOUT)
+            self.job = subprocess.Popen(self.command, stdout=console, stderr=subprocess.STDOUT, env=bound_environ())
 
     def wait(self) -> None:
         """Wait for its end; its failure is ours."""

@@ -1,7 +1,7 @@
 """Run directories: what is in them, what is finished, and whether two artefacts fit together.
 
     <run>/config.yaml                 the resolved configuration
-    <run>/data/  labels/  eval/  report/  export/
+    <run>/data/  labels/  eval/  report/  export/  logs/
     <run>/<stage>/manifest.json       status, fingerprint, inputs, versions, git revision, seed, metrics, seconds
     <run>/<stage>/{tensorboard,checkpoint-*,final}
 
@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latent_sft.errors import ArtefactError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 RUNNING, FINISHED = "running", "finished"
 
 
@@ -84,6 +88,42 @@ def read_json(path: str | Path) -> Any:
         raise ArtefactError(f"{path}: missing.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path}: damaged JSON ({error}); delete it to make it again.") from error
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, *, take: bool = True) -> Iterator[None]:
+    """Hold a folder against other jobs that would write into it; the hold ends with this process, however it ends.
+
+    Args:
+        folder: of a step; made if missing.
+        take: whether this process does it (rank 0), or only passes through.
+
+    Raises:
+        ArtefactError: another process holds the folder.
+    """
+    if not take:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as handle:
+        for left in range(50, -1, -1):  # a job that was just killed needs a moment to be gone
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    handle.seek(0)
+                    raise ArtefactError(
+                        f"{folder}: another job is writing here ({handle.read() or 'unknown'}). Wait for it, end it, "
+                        "or use another run_dir."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:
+                break  # a file system without locks
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,15 @@ _ENCODER_SETTINGS = (
     "marker_input",
 )
 # settings that say how a stage is watched or run, not what it computes
-_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_total_limit")
+_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_every", "save_total_limit")
 
 
-def processes() -> PartialState:
-    """Return accelerate's view of the processes of this job (one, or those torchrun started)."""
-    return PartialState(cpu=not torch.cuda.is_available())
+def processes(timeout_minutes: float = 30.0) -> PartialState:
+    """Return accelerate's view of the processes of this job (one, or those torchrun started).
+
+    The first call connects them; how long one waits for another before the job ends is decided there.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=timeout_minutes))
 
 
 class Workspace:
@@ -69,7 +73,7 @@ class Workspace:
         self.config = config
         self.directory = Path(config.directory)
         # on several processes the first one writes what the others then read
-        with processes().main_process_first():
+        with processes(config.launch.timeout_minutes).main_process_first():
             self._open(config)
 
     def _open(self, config: Config) -> None:
@@ -109,6 +113,8 @@ class Workspace:
         }
         if name in STAGE1_PHASES:
             inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
+            if self.config.stage1.share_backbone:
+                inputs["share_backbone"] = True
         if name not in ("no-cot", "cot"):
             inputs["latent"] = self._latent_settings(name)
             source = self.source_of(name)

@@ -97,7 +97,7 @@ def test_train_on_several_processes_returns_their_status(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main(["train", "stage2", experiment, "launch.nproc=2"]) == 9
     assert not calls
-    assert started[0][-4:] == ["train", "stage2", experiment, "launch.nproc=2"]
+    assert started[0][-4:] == ["--", "stage2", experiment, "launch.nproc=2"]
 
 
 def test_label(calls: Calls, experiment: str) -> None:

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from latent_sft import launcher
@@ -18,9 +20,24 @@ from latent_sft.config.schema import LaunchConfig
 def test_command() -> None:
     command = launcher.build_command("stage2", Path("configs/a b.yaml"), ["seed=1"], LaunchConfig(nproc=4))
     assert command == [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-        "-m", "latent_sft.cli", "train", "stage2", "configs/a b.yaml", "seed=1",
+        sys.executable, "-m", "latent_sft.launcher", "--standalone", "--nproc-per-node=4",
+        "--", "stage2", "configs/a b.yaml", "seed=1",
     ]  # fmt: skip
+    alone = launcher.build_command("stage2", "a.yaml", ["seed=1"], LaunchConfig(nproc=1))
+    assert alone == [sys.executable, "-m", "latent_sft.cli", "train", "stage2", "a.yaml", "seed=1"]
+
+
+def test_torchrun_understands_the_command(tmp_path: Path) -> None:
+    from torch.distributed.run import config_from_args, parse_args
+
+    options = ["--nnodes=2", "--nproc-per-node=3", "--rdzv-backend=c10d", "--rdzv-endpoint=a:1", "--rdzv-id=x"]
+    arguments = launcher.torchrun_arguments(options, tmp_path, ["cot", "a.yaml", "seed=1"])
+    config, program, words = config_from_args(parse_args(arguments))
+    assert (config.min_nodes, config.nproc_per_node, config.rdzv_endpoint, config.run_id) == (2, 3, "a:1", "x")
+    assert config.max_restarts == 0
+    assert "SIGTERM" not in config.signals_to_handle
+    assert config.logs_specs.root_log_dir == str(tmp_path)
+    assert [program, *words] == [sys.executable, "-u", "-m", "latent_sft.cli", "train", "cot", "a.yaml", "seed=1"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +95,79 @@ def test_death_by_signal_is_a_failure() -> None:
     assert launcher.start([sys.executable, "-c", code]) == 128 + signal.SIGKILL
 
 
+def test_a_signal_is_handed_on_and_the_status_returns(tmp_path: Path) -> None:
+    # the inner process stands for the launcher: it answers SIGUSR1 with the status of a stopped job
+    inner = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    outer = (
+        "import sys; from latent_sft import launcher\n"
+        f"raise SystemExit(launcher.start([sys.executable, '-c', {inner!r}]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path) as process:
+        wait_for(tmp_path / "ready")
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(timeout=30) == 75
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    inner = (
+        "import os, pathlib, time; from latent_sft import launcher\n"
+        "launcher.end_with_parent(os.getppid())\n"
+        "pathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path) as process:
+        wait_for(tmp_path / "ready")
+        rank = int((tmp_path / "pid").read_text())
+        process.kill()
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def failure(exitcode: int, local_rank: int, timestamp: int = 5) -> types.SimpleNamespace:
+    """Like torchrun's ProcessFailure."""
+    return types.SimpleNamespace(exitcode=exitcode, local_rank=local_rank, timestamp=timestamp)
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "message"),
+    [
+        ({0: 1, 1: -signal.SIGKILL}, 137, "rank 1 was ended by SIGKILL, so the job was ended"),
+        ({0: -signal.SIGTERM, 3: 2}, 2, "rank 3 ended with 2, so the job was ended"),
+        ({0: 1, 1: 75, 2: -signal.SIGTERM}, 75, "stopped as told; run the same command again to go on"),
+    ],
+)
+def test_the_rank_that_failed_first_explains_the_job(tmp_path, ended, status, message) -> None:
+    assert launcher.explain({r: failure(code, r) for r, code in ended.items()}, tmp_path)[0] == status
+    assert launcher.explain({r: failure(code, r) for r, code in ended.items()}, tmp_path)[1].startswith(message)
+
+
+def test_the_last_lines_of_a_rank_that_is_not_on_the_console_are_shown(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        folder = tmp_path / "job_x" / "attempt_0" / str(rank)
+        folder.mkdir(parents=True)
+        (folder / "stderr.log").write_text(f"words of {rank}\nerror: data.train is empty in rank {rank}\n")
+    _, message = launcher.explain({1: failure(2, 1)}, tmp_path)
+    assert message.endswith(f"in {tmp_path}\n  words of 1\n  error: data.train is empty in rank 1")
+    _, message = launcher.explain({0: failure(2, 0)}, tmp_path)
+    assert "words" not in message
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_interrupt_ends_the_job_before_it_returns(tmp_path: Path) -> None:
     # the inner process stands for torchrun: on SIGTERM it ends its workers, here: it writes a file
     inner = (
@@ -89,9 +179,7 @@ def test_interrupt_ends_the_job_before_it_returns(tmp_path: Path) -> None:
     )
     outer = f"import sys; from latent_sft import launcher; launcher.start([sys.executable, '-c', {inner!r}])"
     with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(tmp_path / "ready")
         os.kill(process.pid, signal.SIGINT)
         process.wait(timeout=30)
     assert process.returncode != 0

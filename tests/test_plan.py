@@ -1,15 +1,25 @@
-"""The plan is a shell script: right order, right quoting, honest about what is finished."""
+"""The plan is a shell script: right order, right quoting, honest about what is finished; and what a job will need.
+
+python tests/test_plan.py        # writes what the commands of docs/plan.md print into that page
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import os
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from latent_sft import cli
 from latent_sft.config.schema import Config, DataConfig, LaunchConfig, Stage1Config, TrainConfig
-from latent_sft.errors import ArtefactError
+from latent_sft.errors import ArtefactError, ConfigError, LatentSFTError
+from latent_sft.forecast import forecast
 from latent_sft.plan import plan
 from latent_sft.runs import Step
 
@@ -119,3 +129,81 @@ def test_several_processes_are_announced(config: Config) -> None:
     text = plan(replace(config, launch=LaunchConfig(nproc=8)), "a.yaml")
     # six training stages; labels, evaluation and export run in one process
     assert text.count("# starts 8 processes with torchrun") == 6
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "plan.md"
+EXAMPLE = re.compile(r"```console\n\$ latent-sft (.*)\n(?s:(.*?))```")
+GPUS = {"gpus": 2, "gpu_memory": 80.0}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_worked_plans_are_what_the_commands_print(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    examples = EXAMPLE.findall(PAGE.read_text())
+    assert len(examples) == 3
+    command, shown = examples[number]
+    assert table(command) == shown, "run python tests/test_plan.py"
+
+
+def table(command: str) -> str:
+    """Return what a command prints after its steps."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(shlex.split(command)) == 0
+    return out.getvalue().rpartition("\n\n")[2]
+
+
+def test_a_model_that_is_not_here_is_one_clear_error(config: Config) -> None:
+    config = replace(config, model=replace(config.model, name_or_path="nobody/no-such-model"))
+    with pytest.raises(ConfigError, match=r"no config\.json of 'nobody/no-such-model' here .* model\.name_or_path=FOL"):
+        forecast(config, **GPUS, count=10, example_tokens=(5, 5, 5))
+
+
+def test_data_or_a_tokenizer_that_is_not_here_is_one_clear_error(config: Config) -> None:
+    elsewhere = replace(config, data=DataConfig(train="nowhere.jsonl", test=""))
+    with pytest.raises(LatentSFTError, match=r"nowhere\.jsonl.* give --rows N and --example-tokens PROMPT,COT,ANSWER"):
+        forecast(elsewhere, **GPUS)
+    folder = str(ROOT / "tests/fixtures/plans/qwen2.5-7b")
+    with pytest.raises(ConfigError, match="To plan without reading data, give --rows N"):
+        forecast(replace(config, model=replace(config.model, name_or_path=folder)), **GPUS)
+
+
+def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
+    options = {**GPUS, "count": 1000, "example_tokens": (10, 20, 2)}
+    off = {"no_cot": OFF, "stage1": Stage1Config(encoder=OFF, decoder=OFF, union=OFF), "stage2": OFF}
+    config = replace(config, cot=TrainConfig(batch_size=5, accumulation=2), **off)
+    assert "# cot: 0.5 M trained" in forecast(config, **options)
+    # 35 tokens a row with three of </think>; 1000 rows in steps of 20 on two GPUs
+    assert "50 steps, 3.5e+04 tokens, time unknown (--tokens-per-second)" in forecast(config, **options)
+    lines = [{"train/tokens_per_second": rate} for rate in (1, 10, 100)] + [{"eval/accuracy": 0.5}]
+    path = Path(config.directory) / "cot/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "58.3 min at 10/s" in forecast(config, **options)
+    assert "1.9 h at 5/s" in forecast(config, **options, tokens_per_second=5)
+
+
+def test_the_smallest_level_that_fits_is_recommended(config: Config) -> None:
+    options = {"count": 1000, "example_tokens": (10, 20, 2)}
+    assert "launch.zero=0 (as configured)" in forecast(config, 2, 80, **options)
+    assert "no level fits every stage: use gradient_checkpointing=true" in forecast(config, 2, 0.0001, **options)
+    marked = [line for line in forecast(config, 2, 80, **options).splitlines() if line.endswith("*") or "* " in line]
+    assert len(marked) == 1 + 6 * 8  # the legend, and every level of six stages
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "2"], "--gpus and --gpu-memory belong together"),
+        (["--gpus", "0", "--gpu-memory", "80"], "expected numbers > 0"),
+        (["--gpus", "1", "--gpu-memory", "80", "--rows", "5"], "--rows and --example-tokens belong together"),
+    ],
+)
+def test_options_that_do_not_fit(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "quickstart", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    PAGE.write_text(EXAMPLE.sub(lambda m: f"```console\n$ latent-sft {m[1]}\n{table(m[1])}```", PAGE.read_text()))

@@ -148,7 +148,7 @@ def test_bars_on_made_up_results():
         ],
     }
     rows = {row[0]: row[1:] for row in bars.table(results).rows}
-    assert len(rows) == 14
+    assert len(rows) == 15
     found = dict(rows.values())
     assert found["all but b"] == "no"
     assert rows["stage 1, CoT 512, r=4: at least 2×"] == ("3.00×", "yes")

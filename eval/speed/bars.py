@@ -35,7 +35,8 @@ def table(results: Results) -> Table:
             "decoder alone, exponent of time in CoT length: below 1.3", exponent(results), lambda v: v < 1.3, "{:.2f}"
         ),
         _row("stage 2: at least 2×", _times(results, "stage2"), lambda v: v >= 2),
-        _row("labels: at least 5×", _times(results, "labels"), lambda v: v >= 5),
+        _row("labels: at least 5×", _times(results, "labels", "256"), lambda v: v >= 5),
+        _row("labels at the quickstart's size: at least 5×", _times(results, "labels", "hidden 64"), lambda v: v >= 5),
         _row("decoding at batch 64: at least 15×", _times(results, "decode", fast="batch 64"), lambda v: v >= 15),
         _row(
             "decoding: problems with the same latents and answer", _same_problems(results), lambda v: v == 1, "{:.0%}"

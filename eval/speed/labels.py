@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eval.speed import plain
-from eval.speed.cases import FULL, TINY, Case, Path, Size, build_lm, rows_of, spec_of
+from eval.speed.cases import FULL, QUICKSTART, TINY, Case, Path, Size, build_lm, rows_of, spec_of
 from latent_sft.inference.solve import gold_latents
 from latent_sft.method.types import Superposition
 from latent_sft.models.stage1 import Stage1Model
@@ -21,21 +21,24 @@ FULL_LOGITS = "plain, logits everywhere"
 
 
 def cases(quick: bool) -> list[Case]:
-    """Return one case: 256 examples with CoTs of 64 to 256 tokens, unsorted."""
-    size, count, low, high = (TINY, 6, 4, 12) if quick else (FULL, 256, 64, 256)
+    """Return 256 examples with CoTs of 64 to 256 tokens, unsorted, and as many of the quickstart's size."""
+    if quick:
+        return [_case(TINY, 6, 4, 12, 4)]
+    return [_case(FULL, 256, 64, 256, 4), _case(QUICKSTART, 256, 16, 28, 2, "hidden 64, ")]
+
+
+def _case(size: Size, count: int, low: int, high: int, rate: int, start: str = "") -> Case:
     rng = random.Random(1)
-    lengths = tuple(rng.randint(low, high) for _ in range(count))
-    return [
-        Case(
-            part="labels",
-            name=f"{count} examples, CoT {low}-{high}, r=4",
-            size=size,
-            cot=lengths,
-            paths=("plain", FULL_LOGITS, "fast"),
-            items=(count, max(1, count // 8), count),
-            memory=("plain", "fast"),
-        )
-    ]
+    return Case(
+        part="labels",
+        name=f"{start}{count} examples, CoT {low}-{high}, r={rate}",
+        size=size,
+        cot=tuple(rng.randint(low, high) for _ in range(count)),
+        rate=rate,
+        paths=("plain", FULL_LOGITS, "fast"),
+        items=(count, max(1, count // 8), count),
+        memory=() if start else ("plain", "fast"),
+    )
 
 
 def small(case: Case) -> Case:

@@ -261,11 +261,14 @@ class TrainConfig:
     """stage2 only."""
     log_every: int = 20
     eval_every: int = 0
-    """Steps between evaluations on validation (answers decoded) and checkpoints; 0 does so once an epoch."""
+    """Steps between evaluations on validation (answers decoded); 0 does so once an epoch."""
     eval_examples: int = 256
     stop_at_accuracy: float = 0.0
     """End the stage once validation accuracy reaches this; 0 never."""
+    save_every: int = 0
+    """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
     save_total_limit: int = 2
+    """Newest checkpoints that stay, the best one among them."""
     packing: bool = False
     """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
     `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
@@ -285,6 +288,7 @@ class TrainConfig:
         need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")
         need(0 <= self.stop_at_accuracy <= 1, f"{section}.stop_at_accuracy", self.stop_at_accuracy, "0 to 1")
         need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
+        need(self.save_every >= 0, f"{section}.save_every", self.save_every, "0 or a number of steps")
         need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
 
 
@@ -302,6 +306,8 @@ class Stage1Config:
     attention: Literal["auto", "two_track", "flex", "dense"] = "auto"
     """How the structured attention is computed, not what: two_track and flex (CUDA) skip masked pairs, dense builds
     the whole mask and is the reference. auto: two_track where the model can, else dense."""
+    share_backbone: bool = False
+    """With model.lora: encoder and decoder are two adapters on one frozen model instead of two copies of it."""
     encoder: TrainConfig = field(default_factory=TrainConfig)
     decoder: TrainConfig = field(default_factory=TrainConfig)
     union: TrainConfig = field(default_factory=TrainConfig)
@@ -376,10 +382,29 @@ class LaunchConfig:
     """Threads of torch on the CPU; 0 leaves torch's choice. Models of a few million parameters are fastest with 1."""
     concurrent_baseline: bool = False
     """`latent-sft run` trains no-cot, which no other stage waits for, beside the others in a process of its own."""
+    zero: int = 0
+    """What the processes share out by DeepSpeed ZeRO instead of each holding all: 1 optimizer states, 2 gradients too,
+    3 weights too; 0 nothing (plain data parallelism)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """With `zero`, kept in host memory: optimizer states, or with zero=3 the weights too."""
+    deepspeed: str = ""
+    """JSON file of further DeepSpeed settings (communication, bucket sizes); those decided here are refused there."""
+    timeout_minutes: float = 30.0
+    """A process that has waited this long for another one ends the job with a message."""
 
     def __post_init__(self) -> None:
         need(self.nproc >= 1, "launch.nproc", self.nproc, "an integer >= 1")
         need(self.cpu_threads >= 0, "launch.cpu_threads", self.cpu_threads, "0 or a number of threads")
+        need(0 <= self.zero <= 3, "launch.zero", self.zero, "0 (no ZeRO), 1, 2 or 3")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        need(self.zero >= least, "launch.offload", self.offload, f"none, or launch.zero={least} or more")
+        need(not self.deepspeed or self.zero > 0, "launch.deepspeed", self.deepspeed, "empty, or launch.zero=1 or more")
+        need(self.timeout_minutes > 0, "launch.timeout_minutes", self.timeout_minutes, "a number > 0")
+
+    @property
+    def alone(self) -> bool:
+        """Whether a stage trains in one process without a launcher."""
+        return self.nproc == 1 and self.zero == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +418,8 @@ class Config:
     run_dir: str = ""
     """Empty: runs/<name>."""
     seed: int = 0
+    report_to: tuple[str, ...] = ()
+    """`wandb`: the scalars of docs/metrics.md also go to Weights & Biases, one run a stage."""
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -408,10 +435,17 @@ class Config:
 
     def __post_init__(self) -> None:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
         for stage in STAGES:
             self.stage(stage).check(SECTIONS[stage])
         packed = [SECTIONS[s] for s in STAGES if s.startswith("stage1") and self.stage(s).packing]
         need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
+        if self.stage1.share_backbone:
+            need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
+        halves = self.launch.zero and self.model.dtype == "float16"
+        need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
+        fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
+        need(not fp16, f"{SECTIONS[(fp16 or STAGES)[0]]}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
         if self.stage1.init == "cot":
             need(self.cot.enabled, "stage1.init", "cot", "cot.enabled=true, since stage 1 starts from that stage")
 

@@ -16,12 +16,13 @@ from latent_sft.config.schema import Config
 from latent_sft.data.labels import LabelRow, LabelWriter
 from latent_sft.errors import ArtefactError
 from latent_sft.inference.solve import gold_latents
-from latent_sft.models.load import initial_marker, load_lm
+from latent_sft.models.load import add_lora, initial_marker, load_lm, twin
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
 from latent_sft.workspace import STAGE1_PHASES, Workspace, processes
 
 MARKER_FILE = "marker.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"  # of both halves, where they share a backbone
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,30 @@ def phase_start(work: Workspace, reader: str) -> Stage1Model:
     return Stage1Model(encoder, decoder, marker, work.spec, attention=work.config.stage1.attention)
 
 
+def shared_start(work: Workspace, phase: str) -> Stage1Model:
+    """Return encoder and decoder as two sets of adapters on one frozen model, as a phase of stage 1 finds them.
+
+    Adapters go on from the phase before; they are not folded into the weights, which both halves share.
+
+    Raises:
+        ArtefactError: the phase before was trained with two models.
+    """
+    config, source = work.config, work.source_of(phase)
+    start = work.step("cot").final if config.stage1.init == "cot" else work.base
+    encoder = load_lm(start, config.model)
+    decoder = twin(encoder)
+    marker = initial_marker(encoder, work.spec)
+    model = Stage1Model(encoder, decoder, marker, work.spec, attention=config.stage1.attention)
+    model.encoder = add_lora(model.encoder, config.model.lora)
+    model.decoder = add_lora(model.decoder, config.model.lora)
+    if source is not None and source.directory.name in STAGE1_PHASES:
+        path = source.final / ADAPTERS_FILE
+        if not path.exists():
+            raise ArtefactError(f"{path}: missing; that phase was trained without stage1.share_backbone. Run it again.")
+        model.load_state_dict(load_file(path), strict=False)
+    return model
+
+
 def store_latents(work: Workspace, reader: str) -> Step:
     """Store the latents of the training set, shard by shard, or return at once where they are finished.
 
@@ -91,7 +116,7 @@ def store_latents(work: Workspace, reader: str) -> Step:
     if job.num_processes == 1 and workers > 1:
         log.info("%s: %d processes", name, workers)
         # each process opens the experiment by itself: nothing but the configuration is sent
-        torch.multiprocessing.spawn(_worker, args=(workers, config, reader), nprocs=workers, join=True)
+        torch.multiprocessing.spawn(_worker, args=(workers, config, reader), nprocs=workers, daemon=True)
     else:
         _write_missing(work, reader, job.process_index, job.num_processes)
     job.wait_for_everyone()

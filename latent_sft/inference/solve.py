@@ -11,6 +11,7 @@ from torch import nn
 from latent_sft.data.collate import TokenRow, encoder_batch
 from latent_sft.inference.generate import Decoded, Sampling, generate
 from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.models.sharding import whole
 from latent_sft.models.stage1 import Stage1Model
 
 
@@ -57,7 +58,8 @@ def gold_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int) 
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         batch = {k: v.to(model.marker.device) for k, v in encoder_batch(chunk, model.spec).items()}
-        latent = model.encode(batch)
+        with whole(model.parameters()):
+            latent = model.encode(batch)
         ids, weights = latent.ids.cpu(), latent.weights.float().cpu()
         for b, count in enumerate(batch["latent_mask"].sum(1).tolist()):
             yield Superposition(ids[b, :count].clone(), weights[b, :count].clone())

@@ -101,7 +101,8 @@ def tracked_attention(
     """
     main = tracks.main_length(query.shape[2])
     options = {"scale": scale, "dropout": dropout, "softcap": softcap}
-    parts = [_attend(query[:, :, :main], key[:, :, :main], value[:, :, :main], None, **options)]
+    # copied, so that autograd does not keep the side tokens' states alive twice, in the whole and in their blocks
+    parts = [_attend(*(x[:, :, :main].contiguous() for x in (query, key, value)), None, **options)]
     if tracks.markers is None:
         if tracks.anchor.numel():
             parts.append(_branches(query, key, value, tracks.anchor, main, options))
@@ -111,7 +112,8 @@ def tracked_attention(
             keys = torch.cat([key[:, :, :reach], key[:, :, own]], dim=2)
             values = torch.cat([value[:, :, :reach], value[:, :, own]], dim=2)
             parts.append(_attend(query[:, :, own], keys, values, mask.to(query.dtype), **options))
-    return torch.cat(parts, dim=2)
+    # joined in the order that follows, [B, T, H, d], which saves a copy
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def _branches(query: Tensor, key: Tensor, value: Tensor, anchor: Tensor, main: int, options: dict) -> Tensor:

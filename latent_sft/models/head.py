@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from latent_sft.errors import ConfigError
 from latent_sft.method.losses import LinearHead, chunk_rows, linear_nll, mapped_nll
 from latent_sft.method.types import Superposition
-from latent_sft.models.backbone import core, embed, hidden_states, input_table
+from latent_sft.models.backbone import core, embed, hidden_states
+from latent_sft.models.sharding import call_with, is_partitioned, replaced_forward, whole
 
 
 def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -80,10 +82,10 @@ def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weigh
         return linear_nll(hidden, LinearHead(output.weight, output.bias, scale, cap), ids, alpha, weights)
 
     # DeepSpeed ZeRO-3 leaves parameters empty and fills them by hooks around a module's call
-    partitioned = any(hasattr(p, "ds_id") for p in output.parameters())
+    partitioned = is_partitioned(output.parameters())
     plain = type(output) is nn.Linear and type(output.weight) is nn.Parameter and "forward" not in vars(output)
     if plain and partitioned:
-        return _call_with(output, fused, hidden)
+        return call_with(output, fused, hidden)
     if plain and not output._forward_hooks and not output._forward_pre_hooks:
         return fused(hidden)
     # every call of a partitioned head is a collective, and all processes must make the same number of them: one
@@ -102,10 +104,19 @@ def check_head(model: nn.Module) -> None:
     lm = core(model)
     was_training = lm.training
     lm.eval()
-    device = input_table(lm).device
-    ids = torch.arange(3, device=device)[None] % lm.config.get_text_config().vocab_size
-    own = lm(input_ids=ids, use_cache=False).logits
-    ours = head(lm)(hidden_states(lm, embed(lm, ids)))
+    output = lm.get_output_embeddings()
+    weight = output.weight
+    ids = torch.arange(3, device=weight.device)[None] % lm.config.get_text_config().vocab_size
+    with whole(output.parameters()):
+        if is_partitioned(lm.parameters()):  # the layers are spread over the processes: their output is made up
+            hidden = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
+            made_up = BaseModelOutputWithPast(last_hidden_state=hidden)
+            with replaced_forward(lm.get_decoder(), lambda *args, **kwargs: made_up):
+                own = lm(input_ids=ids, use_cache=False).logits
+        else:
+            own = lm(input_ids=ids, use_cache=False).logits
+            hidden = hidden_states(lm, embed(lm, ids))
+        ours = head(lm)(hidden)
     lm.train(was_training)
     scale = own.abs().max().clamp(min=1.0)
     if (own - ours).abs().max() > 1e-2 * scale:
@@ -122,12 +133,3 @@ def _scalars(model: nn.Module) -> tuple[float, float | None]:
     times = getattr(config, "logit_scale", None)
     scale = (1.0 if times is None else times) / (1.0 if divide is None else divide)
     return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def _call_with(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Call a module, hooks included, with another `forward` than its own."""
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        return module(hidden)
-    finally:
-        del module.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.backbone import core, embed, input_table
 from latent_sft.models.head import check_head
+from latent_sft.models.sharding import whole
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,15 @@ def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
         raise ConfigError(f"model.lora.target_modules: {_first_line(error)}") from error
 
 
+def twin(lm: PreTrainedModel) -> PreTrainedModel:
+    """Return a second model with modules of its own around the very same parameters and buffers.
+
+    Each of the two can have its own adapters while the weights below are in memory once.
+    """
+    shared = [*lm.parameters(), *lm.buffers()]
+    return copy.deepcopy(lm, {id(tensor): tensor for tensor in shared})
+
+
 def merged(lm: nn.Module) -> PreTrainedModel:
     """Return the plain transformers model, adapters folded into its weights (in place)."""
     return lm.merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
@@ -151,7 +162,8 @@ def initial_marker(lm: nn.Module, spec: LatentSpec) -> Tensor:
     and not the embedding of a word of the text. `previous`: zero, since it is added to a token's embedding.
     """
     ids = torch.tensor(spec.think_ids, device=input_table(lm).device)
-    start = embed(lm, ids).detach().float().mean(0)
+    with whole([input_table(lm)]):
+        start = embed(lm, ids).detach().float().mean(0)
     return torch.zeros_like(start) if spec.marker_input == "previous" else start
 
 

@@ -15,8 +15,9 @@ from latent_sft.method.projection import superpose_states
 from latent_sft.method.superposition import with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.attention import decoder_states, encoder_states, use_backend
-from latent_sft.models.backbone import embed, head_table, input_table, mix_latents
+from latent_sft.models.backbone import core, embed, mix_latents
 from latent_sft.models.head import ce_total
+from latent_sft.models.sharding import call_with, is_partitioned
 
 
 class Stage1Model(nn.Module):
@@ -56,9 +57,27 @@ class Stage1Model(nn.Module):
         span = num_text if self.spec.marker_positions == "transparent" else part["ids"].shape[1]
         embeds = torch.cat([text, markers], dim=1)
         hidden = encoder_states(self.encoder, self.encoder_attention, embeds, part, span)
+        return self._superpose(hidden[:, num_text:])
+
+    def _superpose(self, hidden: Tensor) -> Superposition:
         exclude = self.spec.end_think_ids[0] if self.spec.exclude_end else None
-        table = input_table(self.decoder) if self.spec.projection == "input" else head_table(self.decoder)
-        return superpose_states(hidden[:, num_text:], table, self.spec.top_k, self.spec.temperature, exclude)
+        decoder = core(self.decoder)
+        by_input = self.spec.projection == "input"
+        module = decoder.get_input_embeddings() if by_input else decoder.get_output_embeddings()
+
+        if not is_partitioned(module.parameters()):
+            return superpose_states(hidden, module.weight, self.spec.top_k, self.spec.temperature, exclude)
+        ids: Tensor | None = None
+
+        def project(hidden: Tensor) -> Tensor:  # a single tensor: other hooks expect embeddings
+            nonlocal ids
+            ids, weights = superpose_states(hidden, module.weight, self.spec.top_k, self.spec.temperature, exclude)
+            return weights
+
+        # a table partitioned by ZeRO-3 is there only while its module is called
+        weights = call_with(module, project, hidden)
+        assert ids is not None
+        return Superposition(ids, weights)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return the sum of the weighted cross-entropy and what describes the latents.

@@ -15,22 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.config.schema import SECTIONS, Config, TrainConfig
 from latent_sft.data.packing import packed_rows
-from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.errors import ArtefactError, Interrupted, TrainingError
 from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
 from latent_sft.models.packing import use_packing
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
+from latent_sft.train import zero
+from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.train.guards import check_rows, said_if_alone, with_ids
+from latent_sft.train.interruption import Interruption, last_checkpoint, same_step
+from latent_sft.train.reporting import EndOfReport, check_reporters
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import STAGES, validation_metrics
-from latent_sft.train.trainer import LateNoise, LatentTrainer, MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.train.stages import STAGES, Stage, validation_metrics
+from latent_sft.train.trainer import LatentTrainer
 from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
@@ -50,22 +56,31 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     Raises:
         ArtefactError: an earlier stage is missing, or the folder belongs to another experiment.
         TrainingError: training cannot go on.
+        Interrupted: the process was told to stop; a checkpoint is written (see `train/interruption.py`).
     """
     work = work or Workspace(config)
     step, train, stage = work.step(name), config.stage(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
         return step
+    check_reporters(config.report_to)
     source = work.source_of(name)
     if source is not None:
         source.results()
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
+    train = same_step(train, SECTIONS[name], checkpoint, processes().num_processes)
+    if checkpoint:
+        zero.check_checkpoint(checkpoint, config.launch)
+    deepspeed = zero.settings(config, train)
     if name == "stage1-decoder":
         store_latents(work, name)
     set_seed(config.seed)
-    model = stage.build(work)
+    zero.begin(config.launch)
+    with zero.loading(config):
+        model = stage.build(work)
+    zero.one_dtype(model, deepspeed)
     if train.gradient_checkpointing:
         _checkpoint_activations(model)
     rows = as_rows(work.data["validation"], train.eval_examples)
@@ -73,22 +88,26 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
-    sampler = _sampler(config, name, work)
+    check_rows(len(work.data["train"]), train, name, processes().num_processes)
+    sampler = _sampler(train, name, work)
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
     if train.packing:
         use_packing(model.lm)
         collate = partial(packed_rows, collate=collate)
+    collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
         step.begin(config.seed)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
     callbacks: list[TrainerCallback] = [metrics]
+    if config.report_to:
+        callbacks.append(EndOfReport())
     if train.stop_at_accuracy:
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
     if config.stage1.noise_scale and isinstance(model, Stage1Model):
         callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
     trainer = LatentTrainer(
         model=model,
-        args=_arguments(train, step.directory, config.seed),
+        args=_arguments(train, step.directory, config, deepspeed),
         train_dataset=work.data["train"],
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
@@ -102,57 +121,49 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(StageProgress(name))
+    interruption = Interruption(name, train.save_total_limit, train.save_every)
+    trainer.add_callback(interruption)
     if checkpoint and _has_ended(checkpoint, train):
-        _take_best(trainer, checkpoint)  # only the final folder was still to be written
+        trainer.state = _state(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            with said_if_alone(config.launch.timeout_minutes):
+                trainer.train(resume_from_checkpoint=checkpoint)
+        except Interrupted:
+            if interruption.stopping:  # else training had not begun
+                trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            raise
+    zero.end(config.launch)
     if trainer.is_world_process_zero():
-        _finish(trainer, stage.save, model, work, step, metrics.elapsed())
+        _finish(trainer, stage, work, step, metrics.elapsed())
     trainer.accelerator.wait_for_everyone()
+    if interruption.requested:
+        raise Interrupted(f"{name}: finished, and then stopped")
     return step
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete `checkpoint-*` of a stage, or None; half-written ones are set aside.
-
-    The Trainer writes `trainer_state.json` last, so a checkpoint without a readable one is not complete.
-    """
-    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
-        try:
-            json.loads((Path(newest) / "trainer_state.json").read_text())
-            return newest
-        except (OSError, json.JSONDecodeError):
-            log.warning("%s is incomplete and is not used.", newest)
-            shutil.rmtree(newest)
-    return None
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def _has_ended(checkpoint: str, train: TrainConfig) -> bool:
     # the Trainer would train one step more than asked for when it resumes at the last one
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    state = _state(checkpoint)
     converged = 0 < train.stop_at_accuracy <= (state.best_metric or 0.0)
     return state.global_step >= state.max_steps or converged
 
 
-def _take_best(trainer: LatentTrainer, checkpoint: str) -> None:
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = Path(trainer.state.best_model_checkpoint or checkpoint)
-    trainer._load_from_checkpoint(str(Path(checkpoint).parent / best.name))
-
-
-def _sampler(config: Config, name: str, work: Workspace) -> LengthBucketSampler | TokenBatchSampler:
+def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSampler | TokenBatchSampler:
     # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
-    train, data = config.stage(name), work.data["train"]
+    data, seed = work.data["train"], work.config.seed
     per_step = train.accumulation * processes().num_processes
     if not train.max_tokens:
-        return LengthBucketSampler(list(data["length"]), train.batch_size * per_step, config.seed)
-    return TokenBatchSampler(
-        STAGES[name].lengths(data, work.spec), train.max_tokens, per_step, config.seed, SECTIONS[name]
-    )
+        return LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
+    return TokenBatchSampler(STAGES[name].lengths(data, work.spec), train.max_tokens, per_step, seed, SECTIONS[name])
 
 
-def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
+def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None) -> TrainingArguments:
     by_steps = train.eval_every > 0
     schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
     if train.schedule == "cosine" and train.min_lr_ratio > 0:
@@ -178,34 +189,45 @@ def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,  # LatentTrainer.log stops on a non-finite loss; hiding it would go on
         eval_strategy="steps" if by_steps else "epoch",
-        save_strategy="steps" if by_steps else "epoch",
         eval_steps=train.eval_every or None,
-        save_steps=train.eval_every or 500,
-        save_total_limit=train.save_total_limit,
+        save_strategy="best",  # when else to save, and what to keep, is up to Interruption
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         greater_is_better=True,
-        bf16=train.mixed_precision == "bf16",
+        # with DeepSpeed the Trainer asks for what DeepSpeed is told already; its autocast is DeepSpeed's own
+        bf16="bf16" in deepspeed if deepspeed else train.mixed_precision == "bf16",
         fp16=train.mixed_precision == "fp16",
         dataloader_num_workers=train.num_workers,
         remove_unused_columns=False,
-        report_to="none",  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run
-        seed=seed,
-        data_seed=seed,
+        report_to=list(config.report_to),  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run
+        run_name=f"{config.name} {folder.name}",
+        seed=config.seed,
+        data_seed=config.seed,
+        deepspeed=deepspeed,
+        ddp_timeout=round(60 * config.launch.timeout_minutes),
         use_cpu=not torch.cuda.is_available(),
         **schedule,
     )
 
 
-def _finish(trainer: LatentTrainer, save: Any, model: Any, work: Workspace, step: Step, seconds: float) -> None:
+def _finish(trainer: LatentTrainer, stage: Stage, work: Workspace, step: Step, seconds: float) -> None:
+    """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
+
+    So it does not matter how the trained model is spread over processes and devices.
+    """
     state = trainer.state
+    best = step.directory / f"checkpoint-{state.best_global_step}"
+    saved = best if best.is_dir() else Path(str(last_checkpoint(step.directory)))
+    model = stage.build(work)
+    model.load_state_dict(load_file(saved / SAFE_WEIGHTS_NAME), strict=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    save(trainer.accelerator.unwrap_model(trainer.model), work, step.final)
+    parameters = sum(p.numel() for p in model.parameters())
+    stage.save(model, work, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
         steps=state.global_step,
         examples_seen=trainer.sampler.examples_until(state.global_step),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         trained_parameters=trained,
         validation_accuracy=state.best_metric,
         best_step=state.best_global_step,

@@ -5,6 +5,7 @@ Read `train/run.py` first; a row here is everything in which one stage differs f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from latent_sft.config.schema import TrainConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
 from latent_sft.evaluation.answers import is_correct
-from latent_sft.inference.encode import MARKER_FILE, load_stage1, phase_start
+from latent_sft.inference.encode import ADAPTERS_FILE, MARKER_FILE, load_stage1, phase_start, shared_start
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import LatentSpec, Superposition
@@ -81,10 +82,13 @@ def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) ->
 
 
 def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
-    model = phase_start(work, phase)
     trains_encoder, trains_decoder = phase != "stage1-decoder", phase != "stage1-encoder"
-    model.encoder = _trainable(model.encoder, work) if trains_encoder else _frozen(model.encoder)
-    model.decoder = _trainable(model.decoder, work) if trains_decoder else _frozen(model.decoder)
+    if work.config.stage1.share_backbone:
+        model, adapted = shared_start(work, phase), lambda lm, work: lm
+    else:
+        model, adapted = phase_start(work, phase), _trainable
+    model.encoder = adapted(model.encoder, work) if trains_encoder else _frozen(model.encoder)
+    model.decoder = adapted(model.decoder, work) if trains_decoder else _frozen(model.decoder)
     model.marker.requires_grad_(trains_encoder)
     _freeze_unused_head(model.encoder)
     return model
@@ -109,10 +113,16 @@ def _collate_decoder(work: Workspace, train: TrainConfig) -> Collate:
 
 def _save_stage1(model: Stage1Model, work: Workspace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lm in (("encoder", merged(model.encoder)), ("decoder", merged(model.decoder))):
-        save_lm(lm, folder / name, work.tokenizer)
+    marker = {"marker": model.marker.detach().cpu().contiguous()}
+    encoder = model.encoder
+    if work.config.stage1.share_backbone:
+        adapters = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if ".lora_" in n}
+        save_file({**adapters, **marker}, folder / ADAPTERS_FILE)
+        encoder = copy.deepcopy(encoder)  # merged in place, its adapters would be in the decoder's weights too
+    for name, lm in (("encoder", encoder), ("decoder", model.decoder)):
+        save_lm(merged(lm), folder / name, work.tokenizer)
         work.save_spec(folder / name, "gold")
-    save_file({"marker": model.marker.detach().cpu().contiguous()}, folder / MARKER_FILE)
+    save_file(marker, folder / MARKER_FILE)
 
 
 def _build_stage2(work: Workspace) -> nn.Module:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import rewrite_logs
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.errors import TrainingError
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
-from latent_sft.models.stage1 import Stage1Model
+from latent_sft.train.callbacks import EpochOrder
 from latent_sft.train.flops import device_peak, step_flops
+from latent_sft.train.guards import stop_unless_finite
+from latent_sft.train.interruption import ResumableTrainer
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
+from latent_sft.train.zero import limit_waiting, trained_parameters
 
 Metrics = dict[str, float]
 
 log = logging.getLogger(__name__)
 
 
-class LatentTrainer(Trainer):
+class LatentTrainer(ResumableTrainer):
     """Trainer for modules that return `ce_total` and, in stage 2, `kl_total`.
 
         loss = ce_weight * sum(ce) / count_ce + kl_weight * sum(kl) / count_kl
@@ -63,11 +63,14 @@ class LatentTrainer(Trainer):
         self.evaluate_with, self.sampler = evaluate_with, sampler
         self.add_callback(EpochOrder(sampler))
         self.peak = device_peak()
+        self._losses: list[Tensor] = []  # of this step's micro-batches, and the ids of their rows
+        self._ids: list[list[str]] = []
         self._sums: dict[str, Tensor] = {}
         self._since, self._logged_step, self._warned = time.monotonic(), 0, False
 
-    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Return `[2]`: denominators of cross-entropy and KL over the global batch."""
+        self._losses, self._ids = [], [batch.pop("row_ids") for batch in batch_samples]
         if not batch_samples:
             return None
         counts = torch.stack([batch["counts"] for batch in batch_samples]).sum(0).to(device)
@@ -91,6 +94,7 @@ class LatentTrainer(Trainer):
             parts["loss_kl"] = out["kl_total"] / counts[1]
             loss = loss + self.kl_weight * parts["loss_kl"]
         self._observe(inputs, out, parts)
+        self._losses.append(loss.detach())
         loss = loss * self.args.world_size
         return (loss, out) if return_outputs else loss
 
@@ -191,113 +195,47 @@ class LatentTrainer(Trainer):
         assert isinstance(self.sampler, LengthBucketSampler)
         return self.sampler
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _prepare_input(self, data: Any) -> Any:
+        """Move to the device; with DeepSpeed the Trainer would also round weights and counts to the model's type."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm, before the step is made (DeepSpeed has made it), or stop where it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # its scaler leaves such a step out and lowers its scale
+            folder = Path(self.args.output_dir)
+            stop_unless_finite(self.state.global_step + 1, norm, self._losses, self._ids, folder)
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save only what is trained: a frozen partner or base is on disk already, and tied weights appear once."""
-        folder = output_dir or self.args.output_dir
+        trained = trained_parameters(self.model)
         if self.args.should_save:
+            folder = output_dir or self.args.output_dir
             os.makedirs(folder, exist_ok=True)
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
             save_file(trained, os.path.join(folder, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        limit_waiting(self.args.ddp_timeout_delta)
+        if resume_from_checkpoint:
+            # the Trainer would ask for the frozen parameters too, which our checkpoints leave out
+            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # with DeepSpeed, the schedule alone
+        return prepared
+
+    def _load_best_model(self) -> None:
+        """Leave the model as it is: the final folder is made from the best checkpoint on disk (`train.run`)."""
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Say nothing: checkpoints hold the trained parameters only, so the others are always 'missing'."""
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the sampler its epoch, from the step count.
-
-    accelerate does not find a sampler behind the wrappers of a run that is resumed, or that takes whole batches, on
-    several processes.
-    """
-
-    def __init__(self, sampler: LengthBucketSampler | TokenBatchSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the order of the epoch that the coming step is in."""
-        steps_per_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
-        self.sampler.set_epoch(state.global_step // steps_per_epoch)
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every logged value to `metrics.jsonl` and TensorBoard, and keeps the training clock across resumes."""
-
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.folder, self.seconds, self.began = folder, seconds, time.monotonic()
-        self.board: Any = None
-
-    def elapsed(self) -> float:
-        """Seconds of training so far, earlier processes included."""
-        return self.seconds + time.monotonic() - self.began
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the TensorBoard file, on the first process."""
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"))
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write one line and the scalars."""
-        if self.board is None or "train_runtime" in (logs or {}):  # the Trainer's closing summary is no curve
-            return
-        scalars = {k: v for k, v in rewrite_logs(dict(logs or {})).items() if isinstance(v, int | float)}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": state.global_step, "seconds": round(self.elapsed(), 1), **scalars}) + "\n")
-        for tag, value in scalars.items():
-            self.board.add_scalar(tag, value, state.global_step)
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the clock beside the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / "seconds.json").write_text(json.dumps(self.elapsed()))
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the TensorBoard file."""
-        if self.board is not None:
-            self.board.close()
-
-
-class StopAtAccuracy(TrainerCallback):
-    """Ends a stage once validation accuracy is reached: a convergence check instead of a step count."""
-
-    def __init__(self, accuracy: float) -> None:
-        self.accuracy = accuracy
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Stop when the threshold is met."""
-        if metrics and metrics.get("eval_accuracy", 0.0) >= self.accuracy:
-            control.should_training_stop = True
-
-
-class LateNoise(TrainerCallback):
-    """Turns the noise of stage 1 on after a share of the phase."""
-
-    def __init__(self, model: Stage1Model, scale: float, start: float) -> None:
-        self.model, self.scale, self.start = model, scale, start
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the scale of the coming step; a resumed run finds it by its step."""
-        self.model.noise_scale = self.scale if state.global_step >= self.start * state.max_steps else 0.0
-
-
-class StageProgress(ProgressCallback):
-    """The Trainer's bar with the last loss and accuracy at its end instead of a printed dictionary a log."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.shown = name, {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the bar after the stage."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Refresh the numbers at the end of the bar."""
-        names = {"loss": "loss", "loss_kl": "kl", "eval_accuracy": "val_acc"}
-        self.shown |= {names[k]: f"{v:.3g}" for k, v in (logs or {}).items() if k in names}
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self.shown, refresh=False)

@@ -35,12 +35,24 @@ FAMILIES = {
 }
 
 
-def build(family: str, *, seed: int = 1, scale: float = 1.0) -> PreTrainedModel:
-    """Return a model; `scale` multiplies its matrices, since random tiny models write one token for ever."""
+def build(
+    family: str, *, seed: int = 1, scale: float = 1.0, tied: bool | None = None, vocab_size: int | None = None
+) -> PreTrainedModel:
+    """Return a model.
+
+    Args:
+        family: of FAMILIES.
+        seed: of its weights.
+        scale: multiplies its matrices, since random tiny models write one token for ever.
+        tied: whether the head is the embedding table; None as the family has it.
+        vocab_size: None is that of SIZES.
+    """
     torch.manual_seed(seed)
     own_sizes = ("hidden", "num_", "inter", "max_")
     sizes = {k: v for k, v in SIZES.items() if family != "gpt2" or not k.startswith(own_sizes)}
-    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
+    chosen = {"tie_word_embeddings": tied, "vocab_size": vocab_size}
+    chosen = {k: v for k, v in chosen.items() if v is not None}
+    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **chosen})
     # Gemma 2 has no SDPA attention in transformers
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family == "gemma2" else "sdpa")
     with torch.no_grad():

@@ -16,9 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from latent_sft.data.collate import explicit_batch, stage1_batch, stage2_batch
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import Superposition
+from latent_sft.train.callbacks import EpochOrder
 from latent_sft.train.lengths import explicit_lengths, stage1_lengths, stage2_lengths
 from latent_sft.train.sampler import LengthBucketSampler, Lengths, TokenBatchSampler
-from latent_sft.train.trainer import EpochOrder
 from latent_sft.workspace import Workspace
 
 

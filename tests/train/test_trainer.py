@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
 from latent_sft.train.stages import load_stage1
@@ -78,16 +79,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path):
     )
     for name, value in weights(whole.directory).items():
         torch.testing.assert_close(weights(resumed.directory)[name], value, rtol=1e-5, atol=1e-6)
-
-
-def test_a_half_written_checkpoint_is_not_used(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-6").mkdir()
-    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
-    assert last_checkpoint(tmp_path / "nothing") is None
 
 
 def test_every_stage_one_phase_trains_what_it_should(tiny_config):
@@ -169,9 +160,53 @@ def test_a_stage_without_its_source_says_what_to_run(tiny_config):
         train_stage(tiny_config("stage1.init=cot"), "stage1-encoder")
 
 
-def test_a_non_finite_loss_stops_with_a_remedy(tiny_config):
-    with pytest.raises(TrainingError, match=r"the loss is nan.*learning rate"):
-        train_stage(tiny_config("cot.learning_rate=1e30", "cot.warmup_ratio=0", "cot.max_grad_norm=1e30"), "cot")
+def test_a_non_finite_gradient_stops_at_its_step_and_saves_the_ids(tiny_config):
+    """The second step's weights are what a learning rate of 1e30 made of them."""
+    ruin = ["cot.learning_rate=1e30", "cot.warmup_ratio=0", "cot.max_grad_norm=1e30"]
+    config = tiny_config(*ruin, "cot.batch_size=4", "cot.accumulation=2", "cot.log_every=100", "cot.save_every=1")
+    with pytest.raises(TrainingError, match=r"step \d: the loss is .*non_finite.json.*learning rate"):
+        train_stage(config, "cot")
+    folder = Path(config.directory) / "cot"
+    found = json.loads((folder / "non_finite.json").read_text(), parse_constant=pytest.fail)
+    assert found["step"] > 1 and last_checkpoint(folder).endswith(f"checkpoint-{found['step'] - 1}")
+    assert found["gradient_norm"] in ("nan", "inf")
+    assert [batch["process"] for batch in found["batches"]] == [0, 0]
+    # the rows of that step, in order: the sampler says which they are
+    data = Workspace(config).data["train"]
+    order = list(LengthBucketSampler(list(data["length"]), 8, config.seed))
+    first = 8 * (found["step"] - 1)
+    assert [i for batch in found["batches"] for i in batch["ids"]] == [data[n]["id"] for n in order[first : first + 8]]
+
+
+def test_finite_steps_pass_and_any_other_value_stops(tmp_path):
+    good, ids = [torch.tensor(1.0), torch.tensor(2.0)], [["a"], ["b", "c"]]
+    stop_unless_finite(7, torch.tensor(0.0), good, ids, tmp_path)
+    stop_unless_finite(7, 3.5, good, ids, tmp_path)
+    assert not list(tmp_path.iterdir())
+    bad = [good[0], torch.tensor(torch.nan)]
+    for norm, losses in ((-1.0, good), (float("inf"), good), (torch.tensor(1.0), bad)):
+        with pytest.raises(TrainingError, match="step 7"):
+            stop_unless_finite(7, norm, losses, ids, tmp_path)
+        found = json.loads((tmp_path / "non_finite.json").read_text(), parse_constant=pytest.fail)
+        assert [batch["ids"] for batch in found["batches"]] == ids
+    assert [batch["loss"] for batch in found["batches"]] == [1.0, "nan"]
+
+
+def test_too_few_rows_for_a_step_are_refused(tiny_config):
+    with pytest.raises(TrainingError, match=r"no-cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
+        train_stage(tiny_config("data.synthetic.num_train=6"), "no-cot")
+    train = tiny_config("cot.accumulation=2").cot
+    check_rows(48, train, "cot", 3)
+    with pytest.raises(TrainingError, match=r"47 training rows, but .* takes 48 .*accumulation=2 x 3 processes"):
+        check_rows(47, train, "cot", 3)
+
+
+def test_a_lost_process_is_said():
+    lost = pytest.raises(TrainingError, match=r"did not answer for 0.5 minutes \(launch.timeout_minutes\)")
+    with lost, said_if_alone(0.5):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(RuntimeError, match="shapes"), said_if_alone(0.5):
+        raise RuntimeError("shapes do not match")
 
 
 def test_every_logged_tag_is_documented(tiny_config):

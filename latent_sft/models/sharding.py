@@ -1,0 +1,48 @@
+"""Parameters that DeepSpeed ZeRO-3 has shared out among the processes: reading them, and calling their modules.
+
+A partitioned parameter is empty except while its module is called (DeepSpeed fills it by hooks around the call) or
+inside `whole`. Both are collectives: every process must come by, in the same order. Without ZeRO-3 all of this does
+nothing, and DeepSpeed is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether ZeRO-3 has taken over any of these parameters."""
+    return any(hasattr(p, "ds_id") for p in parameters)
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Fill partitioned parameters on every process while the context lasts, for reading."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another `forward` while the context lasts; its hooks stay."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def call_with(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    """Call a module, hooks included, with another `forward`: the way to use its weight in a formula of ours."""
+    with replaced_forward(module, forward):
+        return module(*args)

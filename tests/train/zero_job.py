@@ -1,0 +1,100 @@
+"""Started by torchrun from test_zero.py: trains stages under ZeRO 1, 2 and 3 on two processes, in one job.
+
+zero_job.py FOLDER [hang]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import latent_sft.train.run as run
+from latent_sft.config.load import load_config
+from latent_sft.config.schema import SECTIONS, Config
+from latent_sft.inference.label import make_labels
+from latent_sft.train.run import train_stage
+
+PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
+# stage 1 as two adapters on one model, with recomputed activations; ZeRO-3 cuts up every one of its parameters
+SHARED = [
+    "model.lora.rank=2",
+    "stage1.share_backbone=true",
+    "stage1.encoder.enabled=false",
+    "stage1.decoder.enabled=false",
+    "stage1.union.gradient_checkpointing=true",
+]
+RATES = [f"{section}.learning_rate=1e-3" for section in SECTIONS.values()]
+SHORT = [
+    f"{s}.{v}" for s in SECTIONS.values() for v in ("max_steps=3", "eval_every=3", "save_every=2", "eval_examples=4")
+]
+
+
+class Killed(BaseException):
+    """Nobody catches it, like a signal."""
+
+
+def config_of(folder: Path, name: str, zero: int, *, shared: bool = False) -> Config:
+    """Return the experiment: 8 examples a step in one process, or 2 x 2 x 2 micro-batches with ZeRO."""
+    # the model is so small that DeepSpeed would leave all of it in every process
+    (folder / "extra.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    overrides = [*TINY, *SHORT, *RATES, "data.synthetic.num_train=60", f"run_dir={folder / name}"]
+    overrides += SHARED if shared else []
+    if zero:
+        overrides += [f"{s}.{v}" for s in SECTIONS.values() for v in ("batch_size=2", "accumulation=2")]
+        overrides += ["launch.nproc=2", f"launch.zero={zero}", f"launch.deepspeed={folder / 'extra.json'}"]
+    return load_config(None, overrides)
+
+
+def killed_at(step: int, config: Config, stage: str) -> None:
+    """Train and end as a killed process would, after a step and before its checkpoint."""
+    original = run.StageProgress.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run.StageProgress, "on_step_end", stop)
+        train_stage(config, stage)
+
+
+def train_all(config: Config, *, kill: bool) -> None:
+    """Train every stage of the method; `kill`: the last one is ended once and goes on from a checkpoint."""
+    for stage in PHASES:
+        train_stage(config, stage)
+    make_labels(config)
+    if kill:
+        killed_at(3, config, "stage2")
+    train_stage(config, "stage2")
+
+
+def main(folder: Path) -> None:
+    """Train everything at every level."""
+    for zero in (1, 2, 3):
+        train_all(config_of(folder, f"zero{zero}", zero), kill=True)
+    train_stage(config_of(folder, "zero3-shared", 3, shared=True), "stage1-union")
+
+
+def hang(folder: Path) -> None:
+    """Let the second process sleep after its second step, with a timeout of six seconds."""
+    original = run.StageProgress.on_step_end
+
+    def sleep(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 2 and args.process_index == 1:
+            time.sleep(600)
+
+    run.StageProgress.on_step_end = sleep
+    config = config_of(folder, "hang", 2)
+    train_stage(dataclasses.replace(config, launch=dataclasses.replace(config.launch, timeout_minutes=0.1)), "cot")
+
+
+if __name__ == "__main__":
+    (hang if "hang" in sys.argv else main)(Path(sys.argv[1]))
