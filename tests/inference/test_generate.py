@@ -177,9 +177,9 @@ def test_the_compiled_step_is_one_graph_for_all_steps(monkeypatch):
         return inner(function, backend="eager", fullgraph=True, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     model = model_of("llama")
-    found = generate(model, SPEC, PROMPTS, thinker="latent", batch_size=3, compile=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would hide the setting from later tests
+        found = generate(model, SPEC, PROMPTS, thinker="latent", batch_size=3, compile=True)
     assert_slow(model, SPEC, PROMPTS, found, "latent")
     assert modes == ["reduce-overhead"]
     torch._dynamo.reset()

@@ -222,13 +222,14 @@ def test_flops_by_hand(tiny_config):
     assert step_flops(model, batch).item() == expected
     assert step_flops(model, packed(batch)).item() == expected
 
-    # stage 1: the encoder's markers see half of its text on average, and are projected over the vocabulary
+    # stage 1: the encoder's markers see half of its text on average, and are projected over the vocabulary; the last
+    # token of every chunk and of the answer, and the encoder's </think>, are seen by nobody
     batch = stage1_batch(rows, work.spec, normalisation="token")
     end = len(work.spec.end_think_ids)
     decoder = encoder = 0
     for r in rows:
-        n, text = len(r["segment_lengths"]), len(r["prompt"]) + len(r["cot"]) + end
-        main, chunks = len(r["prompt"]) + n + end + len(r["answer"]), len(r["cot"]) - r["segment_lengths"][0]
+        n, text = len(r["segment_lengths"]), len(r["prompt"]) + len(r["cot"])
+        main, chunks = len(r["prompt"]) + n + end + len(r["answer"]) - 1, sum(m - 1 for m in r["segment_lengths"][1:])
         decoder += 6 * weights * (main + chunks) + 3 * 2 * 4 * 16 * main * (main + 1) / 2
         encoder += 6 * weights * (text + n) + 3 * 2 * 4 * 16 * (text * (text + 1) / 2 + n * text / 2) + 4 * table * n
     decoder += 6 * table * len(batch["targets"])
