@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from latent_sft.errors import ConfigError
+from latent_sft.config.methods import CoconutConfig, SelfDistillConfig, SoftThinkingConfig, codi, kava, pccot
+from latent_sft.config.training import TrainConfig, need
 
 # from the first to the last stage of an experiment; `label` stands between stage1-union and stage2
 SECTIONS = {
@@ -20,15 +21,14 @@ SECTIONS = {
     "stage1-decoder": "stage1.decoder",
     "stage1-union": "stage1.union",
     "stage2": "stage2",
+    "coconut": "coconut.train",
+    "codi": "codi.train",
+    "pccot": "pccot.train",
+    "kava": "kava.train",
 }
 """Command-line name of every stage -> its section of the configuration."""
 STAGES = tuple(SECTIONS)
-
-
-def need(ok: bool, key: str, value: object, expected: str) -> None:
-    """Raise a ConfigError that names the key, the value and what was expected, unless `ok`."""
-    if not ok:
-        raise ConfigError(f"{key}: got {value!r}, expected {expected}.")
+INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,14 @@ class SyntheticConfig:
     modulus: int = 11
     min_steps: int = 3
     max_steps: int = 5
+    min_nodes: int = 28
+    """prosqa: training graphs have this many nodes to 28, drawn uniformly; those below 28 may have paths of one step.
+    Validation and test graphs always have 28."""
 
     def __post_init__(self) -> None:
         for key in ("num_train", "num_validation", "num_test"):
             need(getattr(self, key) >= 1, f"data.synthetic.{key}", getattr(self, key), "an integer >= 1")
+        need(self.min_nodes >= 5, "data.synthetic.min_nodes", self.min_nodes, "5 to 28")
         need(self.modulus >= 2, "data.synthetic.modulus", self.modulus, "an integer >= 2")
         need(
             1 <= self.min_steps <= self.max_steps,
@@ -230,69 +234,6 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How one stage is trained."""
-
-    enabled: bool = True
-    max_steps: int = 0
-    """Optimizer steps; 0 trains `epochs`."""
-    epochs: float = 1.0
-    batch_size: int = 32
-    """Examples per device and micro-batch."""
-    max_tokens: int = 0
-    """Instead of `batch_size`: positions per device and micro-batch, rows times the longest with padding, so that short
-    examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence counts."""
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: float = 0.0
-    """Of the peak learning rate, at the end of a cosine."""
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.01
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    normalisation: Literal["token", "segment", "sample"] = "token"
-    """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
-    then over examples (paper); sample: mean over examples of per-example token means."""
-    prompt_targets: bool = False
-    """cot and no-cot: learn the prompt's tokens too, as in pretraining; a model from scratch has no language yet."""
-    ce_weight: float = 1.0
-    kl_weight: float = 1.0
-    """stage2 only."""
-    log_every: int = 20
-    eval_every: int = 0
-    """Steps between evaluations on validation (answers decoded); 0 does so once an epoch."""
-    eval_examples: int = 256
-    stop_at_accuracy: float = 0.0
-    """End the stage once validation accuracy reaches this; 0 never."""
-    save_every: int = 0
-    """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
-    save_total_limit: int = 2
-    """Newest checkpoints that stay, the best one among them."""
-    packing: bool = False
-    """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
-    `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
-    gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = 0
-
-    def check(self, section: str) -> None:
-        """Raise a ConfigError for a value out of range; `section` is where these settings stand, such as `stage2`."""
-        need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
-        need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
-        need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
-        need(self.max_tokens >= 0, f"{section}.max_tokens", self.max_tokens, "0 (count examples) or a number of tokens")
-        need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
-        need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
-        need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
-        need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")
-        need(0 <= self.stop_at_accuracy <= 1, f"{section}.stop_at_accuracy", self.stop_at_accuracy, "0 to 1")
-        need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
-        need(self.save_every >= 0, f"{section}.save_every", self.save_every, "0 or a number of steps")
-        need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Stage1Config:
     """Encoder against a frozen decoder, decoder against a frozen encoder, then both (paper section 3)."""
 
@@ -354,6 +295,9 @@ class EvalConfig:
     seed: int = 0
     heatmap_problems: int = 4
     """Problems whose latents are drawn in the report."""
+    interventions: tuple[str, ...] = ("zero", "mean", "shuffle", "truncate")
+    """Is the reasoning used? The answer is decoded again after all latents (or written tokens) of a problem are set to
+    zero, to their mean over problems, exchanged for another problem's, or cut to their first half. Empty: not done."""
 
     def __post_init__(self) -> None:
         need(self.batch_size >= 1, "eval.batch_size", self.batch_size, "an integer >= 1")
@@ -363,6 +307,30 @@ class EvalConfig:
         need(0 < self.top_p <= 1, "eval.top_p", self.top_p, "0 < top_p <= 1")
         bad = [s for s in self.splits if s not in ("validation", "test")]
         need(not bad, "eval.splits", bad, "validation and/or test")
+        unknown = sorted(set(self.interventions) - set(INTERVENTIONS))
+        need(not unknown, "eval.interventions", unknown, ", ".join(INTERVENTIONS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """A comparison of methods: `latent-sft run` then runs every variant with every seed and puts them side by side."""
+
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> settings `key=value` on top of this file. Each variant and seed is a run of its own, under
+    <run>/<variant>/seed-<n>; the first variant's finished stages are used again by the others where they fit."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = 1
+    """Runs at once."""
+    bootstrap: int = 10_000
+    """Resamples of the problems, for the intervals of differences."""
+
+    def __post_init__(self) -> None:
+        need(len(self.seeds) >= 1, "compare.seeds", self.seeds, "at least one seed")
+        need(len(set(self.seeds)) == len(self.seeds), "compare.seeds", self.seeds, "different seeds")
+        need(self.jobs >= 1, "compare.jobs", self.jobs, "an integer >= 1")
+        need(self.bootstrap >= 100, "compare.bootstrap", self.bootstrap, "an integer >= 100")
+        bad = [name for name in self.variants if not name or "/" in name or name.startswith(".")]
+        need(not bad, "compare.variants", bad, "names without '/'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +397,12 @@ class Config:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     stage2: TrainConfig = field(default_factory=TrainConfig)
+    coconut: CoconutConfig = field(default_factory=CoconutConfig)
+    codi: SelfDistillConfig = field(default_factory=codi)
+    pccot: SelfDistillConfig = field(default_factory=pccot)
+    kava: SelfDistillConfig = field(default_factory=kava)
+    soft_thinking: SoftThinkingConfig = field(default_factory=SoftThinkingConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -438,7 +412,9 @@ class Config:
         need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
         for stage in STAGES:
             self.stage(stage).check(SECTIONS[stage])
-        packed = [SECTIONS[s] for s in STAGES if s.startswith("stage1") and self.stage(s).packing]
+        for name in ("codi", "pccot", "kava"):
+            getattr(self, name).check(name)
+        packed = [SECTIONS[s] for s in STAGES if s not in ("cot", "no-cot", "stage2") and self.stage(s).packing]
         need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
         if self.stage1.share_backbone:
             need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
@@ -446,8 +422,13 @@ class Config:
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
         need(not fp16, f"{SECTIONS[(fp16 or STAGES)[0]]}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
-        if self.stage1.init == "cot":
-            need(self.cot.enabled, "stage1.init", "cot", "cot.enabled=true, since stage 1 starts from that stage")
+        starting = {"stage1": any(self.stage(s).enabled for s in STAGES if s.startswith("stage1"))}
+        starting |= {name: getattr(self, name).train.enabled for name in ("coconut", "codi", "pccot", "kava")}
+        for name, enabled in starting.items():
+            if enabled and getattr(self, name).init == "cot":
+                need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
+        soft = self.soft_thinking.enabled
+        need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true: it runs that stage's model")
 
     @property
     def directory(self) -> str:

@@ -22,7 +22,7 @@ from latent_sft.errors import ArtefactError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.runs import file_sha256, fingerprint, read_json, write_atomically, write_json
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 META, SKIPPED = "meta.json", "skipped.jsonl"
 ROWS_PER_BATCH = 1000
 
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         "prompt": pa.list_(pa.int32()),  # ends with think_ids
         "cot": pa.list_(pa.int32()),
         "segment_lengths": pa.list_(pa.int32()),  # sums to len(cot)
+        "step_lengths": pa.list_(pa.int32()),  # tokens of each step, sums to len(cot); empty: steps are not in the CoT
         "answer": pa.list_(pa.int32()),  # ends with eos_id
         "length": pa.int32(),  # all tokens, for bucketing
         "problem": pa.string(),

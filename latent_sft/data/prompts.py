@@ -132,10 +132,13 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
             f"row {record.id!r}: field 'cot': contains the closing delimiter {closing!r}; expected a chain of thought "
             "without it. Remove it, or choose another prompt.end_think."
         )
-    if spec.segmentation == "step":
-        segment_lengths = _step_lengths(record, cot_text, ends)
-    else:
-        segment_lengths = fixed_segments(len(cot), spec.rate)
+    try:
+        step_lengths = _step_lengths(record, cot_text, ends)
+    except DataError:
+        if spec.segmentation == "step":
+            raise
+        step_lengths = []  # only Coconut and the self-distilled methods read them, and say so
+    segment_lengths = step_lengths if spec.segmentation == "step" else fixed_segments(len(cot), spec.rate)
     prompt = render_prompt(tokenizer, spec, record.problem)
     answer = [*encode_text(tokenizer, answer_text, spec), spec.eos_id]
     content = json.dumps([prompt, cot, segment_lengths, answer], separators=(",", ":"))
@@ -145,6 +148,7 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
         "prompt": prompt,
         "cot": cot,
         "segment_lengths": segment_lengths,
+        "step_lengths": step_lengths,
         "answer": answer,
         "length": len(prompt) + len(cot) + len(spec.end_think_ids) + len(answer),
         "problem": record.problem,

@@ -44,7 +44,9 @@ class _Graph:
     reached: list[int]
 
 
-def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int) -> GraphProblem:
+def generate_problem(
+    rng: random.Random, *, min_steps: int, max_steps: int, num_nodes: int = NUM_NODES
+) -> GraphProblem:
     """Draw a problem whose shortest path has `min_steps` to `max_steps` edges.
 
     The question's entity is the root with the deepest leaf that only it reaches; that leaf is the answer. The wrong
@@ -54,9 +56,10 @@ def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int) -> G
         rng: source of randomness.
         min_steps: at most LONGEST_PATH, or this would not end.
         max_steps: at least `min_steps`.
+        num_nodes: before nodes without edges are dropped; smaller graphs are easier and have shorter paths.
     """
     while True:
-        graph = _sample_graph(rng)
+        graph = _sample_graph(rng, num_nodes)
         entities = sum(bool(out) and not graph.num_parents[node] for node, out in enumerate(graph.children))
         paths = [_shortest_paths(graph, root) for root in (0, 1)]
         leaves = [[n for n in paths[root] if graph.reached[n] == root + 1 and not graph.children[n]] for root in (0, 1)]
@@ -69,11 +72,11 @@ def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int) -> G
             return _in_words(rng, graph, paths[root][target], rng.choice(wrong))
 
 
-def _sample_graph(rng: random.Random) -> _Graph:
+def _sample_graph(rng: random.Random, num_nodes: int) -> _Graph:
     children: list[list[int]] = [[], []]
     num_parents, reached, weight = [0, 0], [1, 2], [1.0, 1.0]
     only: dict[int, list[int]] = {0: [], 1: [0], 2: [1], 3: []}
-    for node in range(2, NUM_NODES):
+    for node in range(2, num_nodes):
         pool = rng.choices((only[1], only[2], range(node)), POOLS)[0]
         count = _poisson(rng, MEAN_PARENTS)
         # the first arrivals of exponential clocks are a weighted sample without replacement

@@ -148,3 +148,24 @@ class LatentSpec:
         """Return 16 hex digits that change when any value changes."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThoughtSpec:
+    """How a model thinks in hidden states (Coconut, CODI, PCCoT, KaVa); stands in `thinker.json` beside the weights.
+
+    Attributes:
+        num_latents: M, always as many.
+        iterations: T Jacobi iterations over all latents at once; M (or more) is one latent after another, 0 pause
+            tokens.
+        projection: hidden states pass a small network before they are fed back.
+    """
+
+    num_latents: int
+    iterations: int
+    projection: bool = False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether every latent sees the final ones before it, which T >= M comes to."""
+        return self.iterations >= self.num_latents

@@ -175,3 +175,23 @@ def test_impossible_requests_are_errors() -> None:
         generate(few)
     with pytest.raises(ConfigError, match=r"data\.synthetic\.min_steps: got 9, expected at most 8 for task prosqa"):
         generate(SyntheticConfig(task="prosqa", min_steps=9, max_steps=9))
+
+
+def test_small_prosqa_graphs_are_for_training_only() -> None:
+    settings = {"task": "prosqa", "max_steps": 6, **SMALL}
+    mixed, full = generate(SyntheticConfig(min_nodes=6, **settings)), generate(SyntheticConfig(**settings))
+    assert mixed["validation"] == full["validation"] and mixed["test"] == full["test"]
+
+    def statements(records: list[Record]) -> list[int]:
+        return [record.problem.count(" is a ") for record in records]
+
+    assert min(statements(mixed["train"])) < 10 < 25 < max(statements(mixed["train"]))
+    assert min(statements(full["train"])) > min(statements(mixed["train"]))
+    for record in mixed["train"]:
+        check_prosqa(record)
+
+
+@pytest.mark.parametrize("nodes", [4, 29])
+def test_graph_sizes_out_of_range_are_refused(nodes: int) -> None:
+    with pytest.raises(ConfigError, match="min_nodes"):
+        generate(SyntheticConfig(task="prosqa", min_nodes=nodes))

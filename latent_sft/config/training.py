@@ -1,0 +1,77 @@
+"""How one stage is trained: the settings every stage has. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_sft.errors import ConfigError
+
+
+def need(ok: bool, key: str, value: object, expected: str) -> None:
+    """Raise a ConfigError that names the key, the value and what was expected, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{key}: got {value!r}, expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one stage is trained."""
+
+    enabled: bool = True
+    max_steps: int = 0
+    """Optimizer steps; 0 trains `epochs`."""
+    epochs: float = 1.0
+    batch_size: int = 32
+    """Examples per device and micro-batch."""
+    max_tokens: int = 0
+    """Instead of `batch_size`: positions per device and micro-batch, rows times the longest with padding, so that short
+    examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence counts."""
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = 0.0
+    """Of the peak learning rate, at the end of a cosine."""
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    normalisation: Literal["token", "segment", "sample"] = "token"
+    """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
+    then over examples (paper); sample: mean over examples of per-example token means."""
+    prompt_targets: bool = False
+    """cot and no-cot: learn the prompt's tokens too, as in pretraining; a model from scratch has no language yet."""
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    """stage2 only."""
+    log_every: int = 20
+    eval_every: int = 0
+    """Steps between evaluations on validation (answers decoded); 0 does so once an epoch."""
+    eval_examples: int = 256
+    stop_at_accuracy: float = 0.0
+    """End the stage once validation accuracy reaches this; 0 never."""
+    save_every: int = 0
+    """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
+    save_total_limit: int = 2
+    """Newest checkpoints that stay, the best one among them."""
+    packing: bool = False
+    """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
+    `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = 0
+
+    def check(self, section: str) -> None:
+        """Raise a ConfigError for a value out of range; `section` is where these settings stand, such as `stage2`."""
+        need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
+        need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
+        need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
+        need(self.max_tokens >= 0, f"{section}.max_tokens", self.max_tokens, "0 (count examples) or a number of tokens")
+        need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
+        need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
+        need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
+        need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        need(0 <= self.stop_at_accuracy <= 1, f"{section}.stop_at_accuracy", self.stop_at_accuracy, "0 to 1")
+        need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
+        need(self.save_every >= 0, f"{section}.save_every", self.save_every, "0 or a number of steps")
+        need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")

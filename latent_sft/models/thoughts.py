@@ -1,0 +1,64 @@
+"""From a hidden state to the next input: what Coconut, CODI, PCCoT and KaVa add to a causal LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latent_sft.method.types import ThoughtSpec
+
+THOUGHTS_FILE = "thoughts.safetensors"
+
+
+class Thoughts(nn.Module):
+    """Projection and placeholder; M and T are in `spec`.
+
+    Attributes:
+        spec: see ThoughtSpec.
+        placeholder: `[D]`, input of a latent before its first iteration; its initial value is that of `start`.
+    """
+
+    def __init__(self, spec: ThoughtSpec, start: Tensor, inner: int = 0, dropout: float = 0.0) -> None:
+        """Build it for a model.
+
+        Args:
+            spec: of the method.
+            start: `[D]` embedding the placeholder starts from, such as that of `<think>`.
+            inner: width of the projection; 0 is D.
+            dropout: before the projection, while training.
+        """
+        super().__init__()
+        self.spec = spec
+        self.placeholder = nn.Parameter(start.detach().clone())
+        size = len(start)
+        like = {"dtype": start.dtype, "device": start.device}
+        self.projection: nn.Module = nn.Identity()
+        if spec.projection:
+            self.projection = nn.Sequential(
+                nn.Dropout(dropout),
+                nn.Linear(size, inner or size, **like),
+                nn.GELU(),
+                nn.Linear(inner or size, size, **like),
+                nn.LayerNorm(size, **like),
+            )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the next input `[..., D]` of last hidden states `[..., D]` (after the final norm)."""
+        return self.projection(hidden)
+
+
+def save_thoughts(thoughts: Thoughts, folder: Path) -> None:
+    """Write the weights beside a model's."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in thoughts.state_dict().items()}, folder / THOUGHTS_FILE)
+
+
+def load_thoughts(path: Path, spec: ThoughtSpec, dtype: torch.dtype, device: torch.device) -> Thoughts:
+    """Read what `save_thoughts` wrote; `path` is the file."""
+    state = load_file(path)
+    inner = len(state["projection.1.weight"]) if spec.projection else 0
+    thoughts = Thoughts(spec, state["placeholder"], inner)
+    thoughts.load_state_dict(state)
+    return thoughts.to(dtype=dtype, device=device).eval()
