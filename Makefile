@@ -29,7 +29,7 @@ quickstart: setup ## train, measure and export a small latent reasoner on the CP
 	$(BIN)/latent-sft run configs/quickstart.yaml $(ARGS)
 
 test: setup ## the tests, under ten minutes on two cores; ARGS="-k name" goes to pytest
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup ## the tests marked slow
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)

@@ -98,13 +98,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         added.add_argument("overrides", metavar="key=value", nargs="*", help="settings that win over the file")
         return added
 
-    experiment(verb("run", _run, "the whole experiment; skips what is finished"))
+    experiment(verb("run", _run, "the whole experiment, or comparison; skips what is finished"))
     train = verb("train", _train, "one training stage")
     train.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
     experiment(train)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
-    evaluation.add_argument("--model", action="append", help="no-cot, cot, stage1 or latent-sft; repeatable; all")
+    evaluation.add_argument(
+        "--model",
+        action="append",
+        help="no-cot, cot, stage1, latent-sft, soft-thinking, coconut, codi, pccot or kava; repeatable; all",
+    )
     evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
     experiment(verb("report", _report, "tables and plots of what was trained and measured"))
     generate = verb("generate", _generate, "solve one problem and show the latents")
@@ -118,7 +122,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export = experiment(
         verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")
     )
-    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default <run>/export")
+    export.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write; default <run>/export, or export-STAGE"
+    )
+    export.add_argument(
+        "--stage", type=_stage, help="whose model: stage2 (as if not given), coconut, codi, pccot, kava"
+    )
     export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
     export.add_argument("--private", action="store_true", help="make the repository private")
     plan = experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
@@ -155,15 +164,39 @@ def _load(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
 
 
+def _load_one(args: argparse.Namespace) -> Config:
+    config = _load(args)
+    if config.compare.variants:
+        raise ConfigError(
+            f"{args.verb}: {args.config} is a comparison (compare.variants), expected one experiment. Its runs have "
+            f"files of their own once begun: {config.directory}/VARIANT/seed-N/config.yaml."
+        )
+    return config
+
+
+def _file(args: argparse.Namespace) -> tuple[Path, Sequence[str]]:
+    from latent_sft.config.presets import resolve_config
+
+    return resolve_config(args.config), args.overrides
+
+
 def _run(args: argparse.Namespace) -> None:
     config = _load(args)
+    from latent_sft.launcher import end_if_bound
+
+    end_if_bound()
+    if config.compare.variants:
+        from latent_sft.compare import run_comparison
+
+        print(run_comparison(*_file(args)))
+        return
     from latent_sft.pipeline import run_experiment
 
     run_experiment(config)
 
 
 def _train(args: argparse.Namespace) -> int | None:
-    config = _load(args)
+    config = _load_one(args)
     from latent_sft.launcher import relaunch_if_needed
 
     status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
@@ -177,14 +210,14 @@ def _train(args: argparse.Namespace) -> int | None:
 
 
 def _label(args: argparse.Namespace) -> None:
-    config = _load(args)
+    config = _load_one(args)
     from latent_sft.inference.label import make_labels
 
     make_labels(config)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    config = _load(args)
+    config = _load_one(args)
     from latent_sft.evaluation.run import evaluate
 
     evaluate(config, models=args.model, splits=args.split)
@@ -192,6 +225,12 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     config = _load(args)
+    if config.compare.variants:
+        from latent_sft.evaluation.compare import write_comparison
+        from latent_sft.variants import jobs_of
+
+        print(write_comparison(config, jobs_of(*_file(args))))
+        return
     from latent_sft.evaluation.report import write_report
 
     print(write_report(Path(config.directory), title=config.name))
@@ -220,15 +259,16 @@ def _export(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--out: expected a folder to write, because {args.config} is a checkpoint, not an experiment."
         )
-    config = None if is_checkpoint else _load(args)
+    if is_checkpoint and args.stage:
+        raise ConfigError(f"--stage: only means something with an experiment; {args.config} is a checkpoint.")
+    config = None if is_checkpoint else _load_one(args)
     from latent_sft.export.checkpoint import export_checkpoint, export_run
 
     out = args.out
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        out = out or Path(config.directory) / "export"
-        export_run(config, out)
+        out = export_run(config, out, stage=args.stage or "stage2")
     print(out)
     if args.push_to_hub:
         from latent_sft.export.hub import push
@@ -240,8 +280,15 @@ def _plan(args: argparse.Namespace) -> None:
     config = _load(args)
     if (args.gpus is None) != (args.gpu_memory is None):
         raise ConfigError("plan: --gpus and --gpu-memory belong together; give both or neither.")
-    from latent_sft.plan import plan
+    from latent_sft.plan import plan, plan_comparison
 
+    if config.compare.variants:
+        from latent_sft.variants import jobs_of
+
+        if args.gpus is not None:
+            raise ConfigError("plan: --gpus is for one experiment; this file is a comparison (compare.variants).")
+        print(plan_comparison(config, jobs_of(*_file(args)), args.config, args.overrides), end="")
+        return
     print(plan(config, args.config, args.overrides), end="")
     if args.gpus is not None:
         from latent_sft.forecast import forecast

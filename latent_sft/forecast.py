@@ -95,9 +95,10 @@ def _block(
         for positions in (load.positions, load.encoder_positions)
         if positions
     )
-    # the K table rows of every latent, for the mixture and for the projection
-    kept += load.latents * examples.spec.top_k * backbone.shape.hidden * numbers.weight
-    kept += load.latents * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
+    # the K table rows of every latent that is a superposition, for the mixture and for the projection
+    superposed = load.latents if stage == "stage2" or stage.startswith("stage1") else 0
+    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight
+    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
     trains_head = not lora.rank and stage != "stage1-encoder"
     loss = logits(backbone.shape, numbers, load.labels, trained=trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
     states = [model_states(weights, level, gpus) for level in LEVELS]

@@ -10,7 +10,7 @@ from typing import Any
 
 from latent_sft.config.load import to_yaml
 from latent_sft.config.schema import Config
-from latent_sft.errors import STOPPED, Interrupted, TrainingError
+from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
 from latent_sft.export.checkpoint import export_run
@@ -27,10 +27,18 @@ log = logging.getLogger(__name__)
 def run_experiment(config: Config) -> dict[str, Any]:
     """Run every enabled step of an experiment and write `<run>/summary.json`.
 
+    Args:
+        config: one experiment; a comparison is run by `compare.run_comparison`.
+
     Returns:
         The summary: for each evaluated model `accuracy`, `num_examples`, `reasoning_steps_mean` (on test, or on
         validation where there is no test set) and `train_seconds`; `total_seconds` over all commands of this run.
+
+    Raises:
+        ConfigError: the configuration is that of a comparison.
     """
+    if config.compare.variants:
+        raise ConfigError("compare.variants: expected none here; latent_sft.compare.run_comparison runs a comparison.")
     directory = Path(config.directory)
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
@@ -117,6 +125,7 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
             "accuracy_se": result["accuracy_se"],
             "num_examples": result["num_examples"],
             "reasoning_steps_mean": result["reasoning_steps_mean"],
+            "forward_passes_mean": result["forward_passes_mean"],
             "seconds_per_problem": result["seconds_per_problem"],
             "train_seconds": round(sum(t["train_seconds"] for t in trained), 1),
             "examples_seen": sum(t["examples_seen"] for t in trained),

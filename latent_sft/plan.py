@@ -8,6 +8,10 @@ from pathlib import Path
 
 from latent_sft.config.schema import STAGES, Config
 from latent_sft.runs import FINISHED, Step
+from latent_sft.variants import Job
+
+MODELS = ("no-cot", "cot", "stage1", "latent-sft", "soft-thinking", "coconut", "codi", "pccot", "kava")
+"""What is evaluated, in the order of tables."""
 
 MEANINGS = {
     "no-cot": "baseline that answers without reasoning",
@@ -17,6 +21,10 @@ MEANINGS = {
     "stage1-union": "encoder and decoder together",
     "label": "the encoder's latents of every training problem, stored",
     "stage2": "the model learns to produce the latents by itself, then the answer",
+    "coconut": "step after step of the CoT gives way to hidden states that are fed back",
+    "codi": "one model as teacher with the CoT and as student with latents; hidden states before the answer agree",
+    "pccot": "as codi, with all latents refined at once by Jacobi iterations",
+    "kava": "as pccot, and the latents' keys and values follow the teacher's compressed cache",
     "eval": "accuracy and reasoning length of every trained model",
     "report": "tables and plots of the whole experiment",
     "export": "a plain Hugging Face folder of the trained model",
@@ -29,6 +37,17 @@ def steps(config: Config) -> list[str]:
     if "stage2" in enabled:
         enabled.insert(enabled.index("stage2"), "label")
     return [*enabled, "eval", "report", *(["export"] if "stage2" in enabled else [])]
+
+
+def models_of(config: Config) -> dict[str, list[str]]:
+    """Return the models this experiment evaluates, each with its own training stages; the last holds the weights."""
+    phases = [stage for stage in STAGES if stage.startswith("stage1") and config.stage(stage).enabled]
+    # Soft Thinking trains nothing: it runs the model of the cot stage
+    stages = {"stage1": phases, "latent-sft": ["stage2"], "soft-thinking": ["cot"]}
+    table = {name: stages.get(name, [name]) for name in MODELS}
+    if not config.soft_thinking.enabled:
+        del table["soft-thinking"]
+    return {name: own for name, own in table.items() if own and all(config.stage(s).enabled for s in own)}
 
 
 def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -44,7 +63,8 @@ def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ())
     """
     chosen = steps(config)
     lines = [f"# {config.name}: {len(chosen)} steps in {config.directory}, run one by one or with `| bash -e`"]
-    skipped = [stage for stage in STAGES if stage not in chosen]
+    usual = Config()  # the other methods are off where nobody asks for them
+    skipped = [stage for stage in STAGES if stage not in chosen and usual.stage(stage).enabled]
     if skipped:
         lines.append(f"# disabled: {', '.join(skipped)}")
     for number, name in enumerate(chosen, start=1):
@@ -53,6 +73,25 @@ def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ())
             lines.append(f"# starts {config.launch.nproc} processes with torchrun (launch.nproc)")
         verb = ["train", name] if name in STAGES else [name]
         lines.append(shlex.join(["latent-sft", *verb, str(config_path), *overrides]))
+    return "\n".join(lines) + "\n"
+
+
+def plan_comparison(config: Config, jobs: Sequence[Job], config_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return a shell script with the command of a comparison, and a comment for each of its runs.
+
+    Args:
+        config: the comparison.
+        jobs: its runs, see `variants.jobs_of`.
+        config_path: the file the command names.
+        overrides: `key=value` settings it repeats.
+    """
+    lines = [f"# {config.name}: {len(jobs)} runs below {config.directory}, {config.compare.jobs} at once"]
+    for number, job in enumerate(jobs, start=1):
+        trained = [stage for stage in STAGES if job.config.stage(stage).enabled]
+        begun = "begun, not finished" if job.directory.exists() else "to do"
+        status = "finished" if job.is_finished() else begun
+        lines.append(f"# {number}. {job.name}: {', '.join(trained)} [{status}]")
+    lines += ["", shlex.join(["latent-sft", "run", str(config_path), *overrides])]
     return "\n".join(lines) + "\n"
 
 
@@ -68,7 +107,5 @@ def _status(config: Config, name: str) -> str:
 
 
 def _evaluations(config: Config) -> list[Path]:
-    models = {"stage1" if s.startswith("stage1") else s for s in STAGES if config.stage(s).enabled}
-    models = {"latent-sft" if model == "stage2" else model for model in models}
     splits = [split for split in config.eval.splits if split != "test" or config.data.test]
-    return [Path(config.directory) / "eval" / model / split for model in sorted(models) for split in splits]
+    return [Path(config.directory) / "eval" / model / split for model in models_of(config) for split in splits]

@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from latent_sft.config.schema import Config, TrainConfig
+from latent_sft.config.schema import Config, SelfDistillConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.prompts import build_spec, tokenize_record
 from latent_sft.data.records import load_splits
+from latent_sft.data.thought_batches import coconut_batch, distill_batch
 from latent_sft.errors import ConfigError, LatentSFTError
 from latent_sft.memory import Shape, Weights
 from latent_sft.method.layout import Kind, fixed_segments
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.backbone import core, head_table, input_table
 from latent_sft.models.load import add_lora, load_tokenizer
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 SAMPLE = 256
+SELF_DISTILLED = ("codi", "pccot", "kava")
 WITHOUT_DATA = "To plan without reading data, give --rows N and --example-tokens PROMPT,COT,ANSWER."
 
 
@@ -95,9 +97,11 @@ def weights_of(config: Config, stage: str, backbone: Backbone) -> Weights:
     """Return the parameters a stage holds: one model, or the encoder and decoder of stage 1 and the marker."""
     item, adapters = itemsize(config), backbone.adapters
     if not stage.startswith("stage1"):
+        extra = _thought_weights(config, stage, backbone.shape.hidden)
         if adapters:
-            return Weights(adapters, 4 * adapters, item * backbone.size, backbone.largest, item)
-        return Weights(backbone.size, item * backbone.size, 0, backbone.largest, item)
+            trained = 4 * adapters + item * extra
+            return Weights(adapters + extra, trained, item * backbone.size, backbone.largest, item)
+        return Weights(backbone.size + extra, item * (backbone.size + extra), 0, backbone.largest, item)
     encoder, decoder = stage != "stage1-decoder", stage != "stage1-encoder"
     marker = backbone.shape.hidden
     held = (1 if config.stage1.share_backbone else 2) * item * backbone.size
@@ -112,29 +116,53 @@ def weights_of(config: Config, stage: str, backbone: Backbone) -> Weights:
     return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, item)
 
 
+def _thought_weights(config: Config, stage: str, hidden: int) -> int:
+    """Return the parameters of `models.thoughts.Thoughts`: projection and placeholder."""
+    if stage not in SELF_DISTILLED:
+        return 0
+    settings: SelfDistillConfig = getattr(config, stage)
+    # two linear maps with biases, scale and shift of the norm
+    projection = 2 * (hidden * hidden + hidden) + 2 * hidden if settings.projection else 0
+    return projection + hidden * (settings.iterations < settings.num_latents)
+
+
 def load_of(config: Config, stage: str, examples: Examples) -> Load:
     """Return how much a stage computes, from batches made as training makes them."""
     train = config.stage(stage)
-    sample = _batch(stage, examples.sample, examples.spec, train)
+    sample = _batch(config, stage, examples.sample, examples.spec)
     rows = train.batch_size
     if train.max_tokens:
-        one = _batch(stage, examples.longest[:1], examples.spec, train)
+        one = _batch(config, stage, examples.longest[:1], examples.spec)
         width = max(one[key].shape[1] for key in ("kind", "encoder_kind") if key in one)
         rows = max(1, train.max_tokens // width)
-    batch = _batch(stage, list(itertools.islice(itertools.cycle(examples.longest), rows)), examples.spec, train)
+    batch = _batch(config, stage, list(itertools.islice(itertools.cycle(examples.longest), rows)), examples.spec)
+    again = 0  # latents of the iterations after the first
+    if stage in SELF_DISTILLED:
+        settings: SelfDistillConfig = getattr(config, stage)
+        passes = settings.iterations + 1 if settings.iterations < settings.num_latents else 1
+        again = rows * settings.num_latents * (passes - 1)
     # the decoder phase reads stored latents
     encodes = "encoder_kind" in batch and stage != "stage1-decoder"
     return Load(
         tokens=(sample["kind"] != Kind.PAD).sum().item() / len(examples.sample),
         rows=rows,
-        positions=batch["kind"].numel(),
+        positions=batch["kind"].numel() + again,
         encoder_positions=batch["encoder_kind"].numel() if encodes else 0,
         latents=int((batch["kind"] == Kind.LATENT).sum()),
-        labels=len(batch["targets"]) + len(batch.get("kl_index", ())),
+        labels=len(batch["targets"]) + len(batch.get("teacher_targets", ())) + len(batch.get("kl_index", ())),
     )
 
 
-def _batch(stage: str, rows: list[dict[str, Any]], spec: LatentSpec, train: TrainConfig) -> Batch:
+def _batch(config: Config, stage: str, rows: list[dict[str, Any]], spec: LatentSpec) -> Batch:
+    train = config.stage(stage)
+    if stage in SELF_DISTILLED:
+        settings: SelfDistillConfig = getattr(config, stage)
+        thoughts = ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations)
+        # the last step stays: how many tokens it has, made-up rows do not say
+        return distill_batch(rows, spec, thoughts, normalisation=train.normalisation, drop_last_step=False)
+    if stage == "coconut":  # the first stage is the longest
+        first = [{**row, "stage": 0} for row in rows]
+        return coconut_batch(first, spec, config.coconut, normalisation=train.normalisation)
     if stage.startswith("stage1"):
         return stage1_batch(rows, spec, normalisation=train.normalisation)
     if stage == "stage2":

@@ -24,7 +24,7 @@ from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
 from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
-from latent_sft.method.types import SPEC_FILE, LatentSpec
+from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
 from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.runs import Step, fingerprint, write_atomically, write_json
@@ -115,7 +115,12 @@ class Workspace:
             inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
             if self.config.stage1.share_backbone:
                 inputs["share_backbone"] = True
-        if name not in ("no-cot", "cot"):
+        if name in ("coconut", "codi", "pccot", "kava"):
+            method = dataclasses.asdict(getattr(self.config, name))
+            inputs["method"] = {k: v for k, v in method.items() if k != "train"}
+            source = self.source_of(name)
+            inputs["source"] = source.fingerprint if source else "base"
+        elif name not in ("no-cot", "cot"):
             inputs["latent"] = self._latent_settings(name)
             source = self.source_of(name)
             inputs["source"] = source.fingerprint if source else "base"
@@ -133,6 +138,8 @@ class Workspace:
             if not phases:
                 raise ConfigError("stage1: all three phases are disabled, but labels and stage 2 need an encoder.")
             return self.step(phases[-1])
+        if name in ("coconut", "codi", "pccot", "kava"):
+            return self.step("cot") if getattr(self.config, name).init == "cot" else None
         return None
 
     def labels_step(self, reader: str = "label") -> Step:
@@ -169,10 +176,11 @@ class Workspace:
             return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
         return {k: settings[k] for k in _ENCODER_SETTINGS}
 
-    def save_spec(self, folder: Path, thinker: str) -> None:
-        """Write the spec beside a model, and how it thinks: `latent`, `explicit` or `none`."""
+    def save_spec(self, folder: Path, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
+        """Write the spec beside a model, and how it thinks: `latent`, `explicit`, `none`, or `continuous` (with M, T)."""
         write_json(folder / SPEC_FILE, self.spec.to_dict())
-        write_json(folder / "thinker.json", {"thinker": thinker})
+        how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
+        write_json(folder / "thinker.json", {"thinker": thinker, **how})
 
     def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
         model = self.config.model

@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from latent_sft.config.load import load_config
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import SECTIONS, Config
 
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
@@ -34,9 +34,14 @@ TINY = [
     "latent.max_answer_tokens=4",
     "labels.shard_size=50",
     "eval.max_cot_tokens=40",
+    "coconut.init=base",
+    "coconut.max_stage=2",
+    "coconut.stage_share=0.25",
+    *(f"{method}.{setting}" for method in ("pccot", "kava") for setting in ("num_latents=6", "iterations=2")),
+    *("codi.num_latents=3", "codi.iterations=3"),
     *(
         f"{stage}.{setting}"
-        for stage in ("no_cot", "cot", "stage1.encoder", "stage1.decoder", "stage1.union", "stage2")
+        for stage in SECTIONS.values()
         for setting in (
             "max_steps=4",
             "eval_every=2",

@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     stand_in("latent_sft.inference.show", generate_one="z1 7 0.9")
     stand_in("latent_sft.evaluation.run", evaluate=None)
     stand_in("latent_sft.evaluation.report", write_report=Path("run/report/index.html"))
-    stand_in("latent_sft.export.checkpoint", export_run=None, export_checkpoint=None)
+    stand_in("latent_sft.export.checkpoint", export_run=Path("run/export"), export_checkpoint=None)
     stand_in("latent_sft.export.hub", push="https://hub/me/model")
     return recorded
 
@@ -139,10 +139,20 @@ def test_generate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "z1 7 0.9\n"
 
 
-def test_export_of_an_experiment(calls: Calls, experiment: str, tmp_path: Path) -> None:
+def test_export_of_an_experiment(calls: Calls, experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", experiment]) == 0
-    ((name, (config, out), _),) = calls
-    assert (name, config.name, out) == ("export_run", "demo", tmp_path / "run/export")
+    ((name, (config, out), options),) = calls
+    assert (name, config.name, out, options) == ("export_run", "demo", None, {"stage": "stage2"})
+    assert capsys.readouterr().out == "run/export\n"
+
+
+def test_export_of_another_stage(calls: Calls, experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", experiment, "--stage", "kava", "seed=3"]) == 0
+    ((_, (config, _), options),) = calls
+    assert (config.seed, options) == (3, {"stage": "kava"})
+    with pytest.raises(SystemExit):
+        cli.main(["export", experiment, "--stage", "kafa"])
+    assert "unknown stage 'kafa'. Did you mean 'kava'?" in capsys.readouterr().err
 
 
 def test_export_of_a_checkpoint_and_push(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +165,11 @@ def test_export_of_a_checkpoint_and_push(calls: Calls, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["{folder}"], "--out: expected a folder"), (["{folder}", "--out", "x", "--private"], "--private: only means")],
+    [
+        (["{folder}"], "--out: expected a folder"),
+        (["{folder}", "--out", "x", "--private"], "--private: only means"),
+        (["{folder}", "--out", "x", "--stage", "kava"], "--stage: only means something with an experiment"),
+    ],
 )
 def test_export_options_that_do_not_fit(
     calls: Calls, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]

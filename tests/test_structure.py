@@ -25,7 +25,9 @@ LAYERS = {
     "evaluation.math_equal": 1,  # comparing answers is needed while training too, and knows nothing of models
     "evaluation.answers": 2,
     "launcher": 2,
-    "plan": 2,
+    "variants": 2,
+    "reuse": 2,
+    "plan": 3,
     "memory": 2,
     "data": 3,
     "models": 4,
@@ -38,6 +40,7 @@ LAYERS = {
     "evaluation": 9,
     "export": 9,
     "pipeline": 10,
+    "compare": 10,
     "cli": 11,
 }
 MAX_LINES = 350

@@ -39,16 +39,17 @@ def measure(*, share: bool) -> dict[str, float]:
         config = load_config(None, [*SETTINGS, f"run_dir={folder}", f"stage1.share_backbone={str(share).lower()}"])
         work = Workspace(config)
         rows = work.data["train"].select(range(2)).to_list()
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         model = STAGES["stage1-union"].build(work)
         model(**stage1_batch(rows, work.spec, normalisation="token"))["ce_total"].backward()
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     return {"weights_mib": round(sum(weights.values()) / 2**20), "peak_rss_mib": round(peak)}
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """Return a line of this process's status in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field))
 

@@ -1,4 +1,4 @@
-"""Render `docs/configuration.md` from the source of `schema.py`, so that documentation and code cannot differ.
+"""Render `docs/configuration.md` from the source of the schema, so that documentation and code cannot differ.
 
 Run as `python -m latent_sft.config.document docs/configuration.md` (`make docs-config`).
 """
@@ -14,10 +14,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
+SCHEMA = ("schema.py", "training.py", "methods.py")
+
 PREAMBLE = """# Configuration
 
-Every key an experiment can set, with its default. This page is written from `latent_sft/config/schema.py` by
-`make docs-config`; edit the docstrings there.
+Every key an experiment can set, with its default. This page is written from `latent_sft/config/{schema,training,methods}.py`
+by `make docs-config`; edit the docstrings there.
 
 Values come from three layers, the later ones stronger: these defaults, one YAML file, and `key=value` arguments:
 
@@ -50,7 +52,8 @@ class Section:
 
 def render() -> str:
     """Return the Markdown of all keys, section by section, in the order of `Config`."""
-    sections = _read_sections((PACKAGE / "config/schema.py").read_text(encoding="utf-8"))
+    files = [(PACKAGE / "config" / name).read_text(encoding="utf-8") for name in SCHEMA]
+    sections = _read_sections("\n".join(files))
     spec_meanings = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
     order: list[str] = []
     _place(sections, "Config", "", order)

@@ -87,7 +87,9 @@ class KvDistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfDistillConfig:
-    """CODI, PCCoT or KaVa: one model, as teacher with the written CoT and as student with M latents, both trained."""
+    """CODI, PCCoT or KaVa: one model, as teacher with the written CoT and as student with M latents, both trained.
+    Defaults that are not those below: codi has num_latents=6, iterations=6 and hidden_embedding=true, pccot
+    projection=false, kava hidden_weight=10, kv.weight=1 and kv.layer_std=true."""
 
     train: TrainConfig = field(default_factory=_off)
     """`ce_weight` weighs the student's cross-entropy."""

@@ -428,7 +428,7 @@ class Config:
             if enabled and getattr(self, name).init == "cot":
                 need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
         soft = self.soft_thinking.enabled
-        need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true: it runs that stage's model")
+        need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true, since it runs that model")
 
     @property
     def directory(self) -> str:

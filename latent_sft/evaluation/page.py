@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from latent_sft.evaluation.markup import document, note, picture, table
 from latent_sft.evaluation.plots import colour_of
-from latent_sft.evaluation.tables import Table, accuracy, duration, latent_table, number, result_table
+from latent_sft.evaluation.tables import accuracy, duration, intervention_table, latent_table, number, result_table
 
 COST_NOTE = (
     "Accuracy with one standard error over problems. Reasoning steps are latents, or the tokens of an explicit CoT; "
@@ -16,45 +16,20 @@ COST_NOTE = (
     "that led to the model. `stage1` is the gold path: the encoder has read the reference CoT, and the decoder answers "
     "from its latents.\n"
 )
+CAUSAL_NOTE = (
+    "The answer was decoded again behind thoughts (latents, or the tokens of an explicit CoT) that were changed: input "
+    "embeddings set to `zero`, to their `mean` over all problems, to those of another problem (`shuffle`), or cut to "
+    "their first half (`truncate`); in brackets the difference in points, for a single run with its paired bootstrap "
+    "interval of 95 %. A model that does not read its thoughts loses nothing. Gold recall, a measure of ours: of the "
+    "gold CoT's tokens, without those of the prompt, the share that the thoughts name in their top-k; by chance: the "
+    "same with the CoT of another problem.\n"
+)
 LATENT_NOTE = (
     "Entropy of a latent's kept weights; 0 is an ordinary token. ECR@K: tokens of its own span of the gold CoT that a "
     "latent has among its K largest entries; the paper's formula is not known, this one is reconstructed, and so is "
     "the Top-2 score. N_eff is largest where all solution paths fit equally badly, so read its ratio to random "
     "matchings.\n"
 )
-
-_CSS = """
-:root { --ink:#1f2328; --muted:#656d76; --line:#d8dee4; --soft:#f6f8fa; --accent:179,54,94 }
-* { box-sizing:border-box }
-body { margin:0; color:var(--ink); background:#fff; font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif }
-main { max-width:1080px; margin:0 auto; padding:2.5rem 1.25rem 4rem }
-h1 { font-size:1.75rem; line-height:1.25; margin:0 0 .25rem }
-h2 { font-size:1.2rem; margin:2.75rem 0 .75rem; padding-top:.75rem; border-top:1px solid var(--line) }
-h3 { font-size:1rem; margin:1.5rem 0 .5rem }
-.muted, figcaption, .note { color:var(--muted) } .note { font-size:.87rem; max-width:80ch }
-code, .token { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; font-size:.86em }
-.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); gap:.75rem; margin:1.5rem 0 }
-.card { border:1px solid var(--line); border-top:3px solid var(--colour); border-radius:8px; padding:.75rem 1rem }
-.card b { display:block; font-size:1.7rem; line-height:1.2; font-weight:600; white-space:nowrap }
-.card small { font-size:.55em; font-weight:400; color:var(--muted) }
-.scroll { overflow:auto; border:1px solid var(--line); border-radius:8px } .tall { max-height:34rem }
-table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:.87rem }
-th, td { padding:.42rem .7rem; text-align:right; white-space:nowrap; border-bottom:1px solid var(--line) }
-th { background:var(--soft); font-weight:600; white-space:normal; vertical-align:bottom }
-th { position:sticky; top:0; z-index:1 }
-tr:last-child td { border-bottom:0 }
-.left, .results th:nth-child(-n+2), .results td:nth-child(-n+2) { text-align:left }
-figure { margin:1rem 0 } figure img { max-width:100%; height:auto; display:block }
-.problem { border:1px solid var(--line); border-radius:8px; padding:1rem 1.1rem; margin:1rem 0 }
-.problem p { margin:.2rem 0 .6rem; white-space:pre-wrap; overflow-wrap:anywhere }
-.right { color:#1a7f37; font-weight:600 } .wrong { color:#cf222e; font-weight:600 }
-.latents { width:auto } .latents th { text-align:center } .latents th.left { text-align:left }
-.latents td { padding:.3rem .4rem; border-bottom:1px solid #fff; text-align:center; min-width:4.1rem }
-.latents td.left { white-space:pre; text-align:left }
-.latents small { display:block; font-size:.72em; opacity:.75 }
-details { margin:.75rem 0 } summary { cursor:pointer; color:var(--muted) }
-pre { background:var(--soft); border-radius:8px; padding:1rem; overflow:auto; font-size:.8rem }
-"""
 
 
 def render(
@@ -72,7 +47,8 @@ def render(
         title: heading.
         results: rows as in `report.json`, the most important split first.
         problems: records by (model, split).
-        pictures: SVG bytes: `accuracy`, `by_steps` (may be empty), and training curves by stage.
+        pictures: SVG bytes: `accuracy`, where there are any `passes`, `by_steps`, `interventions`, and training curves
+            by stage.
         stages: manifests of the trained stages.
         config: text of the configuration, may be empty.
     """
@@ -83,37 +59,40 @@ def render(
         f'<p class="muted">{escape(split)} split, {results[0]["num_examples"]:,} problems</p>',
         _cards([r for r in results if r["split"] == split], models),
         "<h2>Results</h2>",
-        _table(result_table(results)),
-        _note(COST_NOTE),
+        table(result_table(results)),
+        note(COST_NOTE),
         "<h2>Accuracy against reasoning length</h2>",
-        _picture(pictures["accuracy"], "Error bars are one standard error."),
+        picture(pictures["accuracy"], "Error bars are one standard error."),
     ]
+    if pictures.get("passes"):
+        body.append(picture(pictures["passes"], "The same against model calls, which take about the same time each."))
     if pictures.get("by_steps"):
         body += [
             "<h2>Accuracy by difficulty</h2>",
-            _picture(pictures["by_steps"], f"Problems of the {split} split, grouped by the steps of their gold CoT."),
+            picture(pictures["by_steps"], f"Problems of the {split} split, grouped by the steps of their gold CoT."),
         ]
+    changed = intervention_table(results)
+    if changed[1]:
+        body += ["<h2>Is the reasoning used?</h2>", table(changed), note(CAUSAL_NOTE)]
+    if pictures.get("interventions"):
+        body.append(
+            picture(pictures["interventions"], f"Accuracy on the {split} split. Error bars: one standard error.")
+        )
     trained = [stage for stage in stages if stage in pictures]
     if trained:
         body.append("<h2>Training</h2>")
     for stage in trained:
-        body += [f"<h3>{escape(stage)}</h3>", _picture(pictures[stage], _stage_caption(stages[stage]))]
+        body += [f"<h3>{escape(stage)}</h3>", picture(pictures[stage], _stage_caption(stages[stage]))]
     latents = latent_table(results)
     if latents[1]:
-        body += ["<h2>What the latents hold</h2>", _table(latents), _note(LATENT_NOTE)]
+        body += ["<h2>What the latents hold</h2>", table(latents), note(LATENT_NOTE)]
         body += [_heatmaps(m, problems.get((m, split), ()), open_=m == models[-1]) for m in models]
     if config:
         body += [
             "<h2>Configuration</h2>",
             f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>",
         ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, body)
 
 
 def _cards(results: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
@@ -126,31 +105,6 @@ def _cards(results: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
             f'<span class="muted">{number(row.get("reasoning_steps_mean"), 1)} reasoning steps</span></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _table(table: Table) -> str:
-    header, rows = table
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table class="results"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _note(text: str) -> str:
-    # the only markup of the notes is `code`
-    pieces = escape(text.strip()).split("`")
-    marked = "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(pieces))
-    return f'<p class="note">{marked}</p>'
-
-
-def _picture(svg: bytes, caption: str) -> str:
-    # as an image, not inline: the ids inside several SVGs would clash
-    data = base64.b64encode(svg).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
-        f'<figcaption class="note">{escape(caption)}</figcaption></figure>'
-    )
 
 
 def _stage_caption(manifest: Mapping[str, Any]) -> str:

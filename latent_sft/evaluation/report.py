@@ -4,7 +4,7 @@ Reads
     <run>/eval/<model>/<split>.json   {"model", "split", "summary", "problems"}, the last two from `score.score`
     <run>/<stage>/manifest.json       train_seconds, examples_seen (where the stage was trained)
     <run>/<stage>/metrics.jsonl       one object a line: {"step": 20, "train/loss": 1.5, "eval/accuracy": 0.8, ...}
-    <run>/config.yaml                 shown, and asked whether stage 1 starts from the cot stage
+    <run>/config.yaml                 shown, and asked which stages start from the cot stage
 Writes
     <run>/report/report.html          one file, opens from disk, nothing loaded from elsewhere
     <run>/report/report.md            the tables
@@ -27,13 +27,14 @@ import yaml
 from latent_sft.config.schema import STAGES
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import page, plots
-from latent_sft.evaluation.tables import latent_table, result_table
+from latent_sft.evaluation.tables import intervention_table, latent_table, markdown, result_table
+from latent_sft.plan import MODELS
 from latent_sft.runs import MANIFEST, read_json, write_atomically, write_json
 
-MODELS = ("no-cot", "cot", "stage1", "latent-sft")
 SPLITS = ("test", "validation")
 _STAGE1 = ("stage1-encoder", "stage1-decoder", "stage1-union")
-STAGES_OF = {"no-cot": ("no-cot",), "cot": ("cot",), "stage1": _STAGE1, "latent-sft": (*_STAGE1, "stage2")}
+STAGES_OF = {"stage1": _STAGE1, "latent-sft": (*_STAGE1, "stage2"), "soft-thinking": ("cot",)}
+"""Models that are not the outcome of the one stage of their name."""
 PICTURE = "accuracy_vs_steps.png"
 
 
@@ -70,9 +71,12 @@ def write_report(run_dir: str | Path, *, title: str) -> Path:
     """
     run = read_run(Path(run_dir))
     out = run.directory / "report"
-    picture = plots.accuracy_against_steps(run.results)
+    picture = plots.accuracy_against(run.results)
     figures = {stage: plots.training_curves(curves) for stage, curves in run.curves.items()}
-    by_steps = plots.accuracy_by_cot_steps([r for r in run.results if r["split"] == run.results[0]["split"]])
+    first = [r for r in run.results if r["split"] == run.results[0]["split"]]
+    others = {"by_steps": plots.accuracy_by_cot_steps(first), "interventions": plots.interventions(first)}
+    if any(r.get("forward_passes_mean") for r in run.results):
+        others["passes"] = plots.accuracy_against(run.results, "forward_passes_mean")
     write_atomically(out / PICTURE, plots.to_bytes(picture, "png"))
     write_json(
         out / "report.json", {"title": title, "run": str(run.directory), "results": run.results, "stages": run.stages}
@@ -84,8 +88,7 @@ def write_report(run_dir: str | Path, *, title: str) -> Path:
         problems=run.problems,
         pictures={
             "accuracy": plots.to_bytes(picture, "svg"),
-            "by_steps": plots.to_bytes(by_steps, "svg") if by_steps else b"",
-            **{stage: plots.to_bytes(figure, "svg") for stage, figure in figures.items() if figure},
+            **{name: plots.to_bytes(figure, "svg") for name, figure in {**others, **figures}.items() if figure},
         },
         stages=run.stages,
         config=run.config,
@@ -102,7 +105,7 @@ def read_run(directory: Path) -> Run:
     """
     config = (directory / "config.yaml").read_text(encoding="utf-8") if (directory / "config.yaml").exists() else ""
     stages = {s: read_json(directory / s / MANIFEST) for s in STAGES if (directory / s / MANIFEST).exists()}
-    stage1_from_cot = ((yaml.safe_load(config) or {}).get("stage1") or {}).get("init") == "cot"
+    settings = yaml.safe_load(config) or {}
     results, problems = [], {}
     for path in (directory / "eval").glob("*/*.json"):
         found = read_json(path)
@@ -111,10 +114,8 @@ def read_run(directory: Path) -> Run:
                 continue
             raise ArtefactError(f"{path}: not an evaluation result; delete it and run latent-sft eval again.")
         model, split = found["model"], found["split"]
-        cost = {
-            key: _total(stages, STAGES_OF.get(model, (model,)), key, stage1_from_cot)
-            for key in ("train_seconds", "examples_seen")
-        }
+        led = _led_to(model, settings)
+        cost = {key: _total(stages, led, key) for key in ("train_seconds", "examples_seen")}
         results.append({"model": model, "split": split, **found["summary"], **cost})
         problems[model, split] = found.get("problems", [])
     if not results:
@@ -143,10 +144,14 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(points.items()) for tag, points in found.items()}
 
 
-def _total(stages: Mapping[str, Any], names: Sequence[str], key: str, stage1_from_cot: bool) -> float | None:
+def _led_to(model: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     # a model costs every stage that led to it
-    if stage1_from_cot and names[0] == _STAGE1[0]:
-        names = ("cot", *names)
+    stages = STAGES_OF.get(model, (model,))
+    section = settings.get("stage1" if model in ("stage1", "latent-sft") else model) or {}
+    return ("cot", *stages) if section.get("init") == "cot" else stages
+
+
+def _total(stages: Mapping[str, Any], names: Sequence[str], key: str) -> float | None:
     values = [stages[name][key] for name in names if name in stages and stages[name].get(key) is not None]
     return sum(values) if values else None
 
@@ -156,15 +161,13 @@ def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
 
 
 def _markdown(run: Run, title: str) -> str:
-    parts = [f"# {title}\n", _markdown_table(*result_table(run.results)), page.COST_NOTE]
+    parts = [f"# {title}\n", markdown(result_table(run.results)), page.COST_NOTE]
     parts.append(f"![accuracy against reasoning length]({PICTURE})\n")
-    header, rows = latent_table(run.results)
-    if rows:
-        parts += ["## Latents\n", _markdown_table(header, rows), page.LATENT_NOTE]
+    changed = intervention_table(run.results)
+    if changed[1]:
+        parts += ["## Is the reasoning used?\n", markdown(changed), page.CAUSAL_NOTE]
+    latents = latent_table(run.results)
+    if latents[1]:
+        parts += ["## Latents\n", markdown(latents), page.LATENT_NOTE]
     parts.append("Training curves and what the latents say: `report.html`.\n")
     return "\n".join(parts)
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,17 +15,35 @@ from tqdm import tqdm
 
 from latent_sft.config.schema import Config
 from latent_sft.errors import ConfigError, did_you_mean
+from latent_sft.evaluation.agreement import agreement
+from latent_sft.evaluation.causal import check_given, intervene
 from latent_sft.evaluation.score import score
+from latent_sft.inference.encode import load_stage1
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
+from latent_sft.method.types import Soft, ThoughtSpec
+from latent_sft.models.backbone import input_table
 from latent_sft.models.load import load_lm
-from latent_sft.runs import Step, write_json
-from latent_sft.train.stages import STAGES, load_stage1
-from latent_sft.workspace import STAGE1_PHASES, Workspace
+from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
+from latent_sft.plan import MODELS, models_of
+from latent_sft.runs import Step, read_json, write_json
+from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-MODELS = ("no-cot", "cot", "stage1", "latent-sft")
+
+class Thinker(NamedTuple):
+    """A model with how it thinks, as `inference.solve` takes them."""
+
+    kind: str
+    model: nn.Module
+    thoughts: Thoughts | None = None
+    soft: Soft | None = None
+
+    @property
+    def lm(self) -> nn.Module:
+        """The causal LM that answers."""
+        return self.model.decoder if self.kind == "gold" else self.model
 
 
 def evaluate(
@@ -37,7 +56,7 @@ def evaluate(
 
     Args:
         config: the experiment.
-        models: of MODELS; None takes all that are enabled.
+        models: of `plan.MODELS`; None takes all that are enabled.
         splits: `validation`, `test`; None takes `eval.splits`.
         work: the opened experiment, where the caller has it.
 
@@ -47,7 +66,7 @@ def evaluate(
     work = work or Workspace(config)
     for name in models or ():
         if name not in MODELS:
-            raise ConfigError(f"--model: unknown model {name!r}.{did_you_mean(name, MODELS)}")
+            raise ConfigError(f"--model: unknown model {name!r}.{did_you_mean(name, MODELS, shown=len(MODELS))}")
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, stages in evaluated_models(work).items():
         if models and name not in models:
@@ -62,26 +81,21 @@ def evaluate(
     return found
 
 
+def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
+    """Return the models of an experiment and the training stages of each; the last one holds the weights."""
+    return {name: [work.step(stage) for stage in stages] for name, stages in models_of(work.config).items()}
+
+
 def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any]:
     settings = config.eval
-    step = Step(
-        directory=work.directory / "eval" / name / split,
-        inputs={
-            "model": source.fingerprint,
-            "split": split,
-            "data": work.splits.sources.get(split, ""),
-            "eval": dataclasses.asdict(settings) | {"splits": None},
-            "decode": {"max_latents": work.spec.max_latents, "min_latents": work.spec.min_latents},
-        },
-    )
+    step = _step(work, name, source, split)
     path = work.directory / "eval" / name / f"{split}.json"
     if step.is_finished() and path.exists():
         return step.results()["summary"]
-    thinker = STAGES[source.directory.name].thinker
+    thinker = _load(work, name, source)
     rows = as_rows(work.data[split], settings.limit)
-    if thinker == "gold":
+    if thinker.kind == "gold":
         rows = [r for r in rows if r["cot"]]
-    model = _load(work, source, thinker)
     sampling = None
     if settings.sample:
         sampling = Sampling(
@@ -92,45 +106,81 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     began = time.perf_counter()
     with tqdm(total=len(repeated), desc=f"eval {name} {split}", unit="problem") as bar:
         decoded = solve(
-            thinker,
-            model,
+            thinker.kind,
+            thinker.model,
             work.spec,
             repeated,
             batch_size=settings.batch_size,
             max_cot_tokens=settings.max_cot_tokens,
+            thoughts=thinker.thoughts,
+            soft=thinker.soft,
             sampling=sampling,
             progress=bar.update,
         )
+    grading = {"decode_text": _text_of(work), "grader": settings.grader}
     summary, problems = score(
         decoded,
         rows,
         spec=work.spec,
-        decode_text=lambda ids: work.tokenizer.decode(ids, skip_special_tokens=False),
-        grader=settings.grader,
         samples_per_problem=settings.num_samples,
         wall_seconds=time.perf_counter() - began,
         heatmap_problems=settings.heatmap_problems,
+        **grading,
     )
+    first = decoded[:: settings.num_samples]
+    summary |= agreement(first, rows)
+    names = _interventions(work, name, split)
+    if names:
+        found = intervene(thinker.lm, work.spec, rows, first, names=names, batch_size=settings.batch_size, **grading)
+        if not settings.sample:
+            check_given(found, summary["accuracy"], f"{name} {split}")
+        summary["interventions"] = found
     write_json(path, {"model": name, "split": split, "summary": summary, "problems": problems})
     step.finish(summary=summary)
     return summary
 
 
-def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
-    """Return the models of an experiment and the training stages of each; the last one holds the weights."""
-    config = work.config
-    phases = [work.step(p) for p in STAGE1_PHASES if config.stage(p).enabled]
-    table = {
-        "no-cot": [work.step("no-cot")] if config.no_cot.enabled else [],
-        "cot": [work.step("cot")] if config.cot.enabled else [],
-        "stage1": phases,
-        "latent-sft": [work.step("stage2")] if config.stage2.enabled else [],
+def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
+    settings = dataclasses.asdict(work.config.eval) | {"splits": None}
+    settings["interventions"] = _interventions(work, name, split)
+    if not settings["interventions"]:
+        del settings["interventions"]  # as in runs that are older than they
+    inputs = {
+        "model": source.fingerprint,
+        "split": split,
+        "data": work.splits.sources.get(split, ""),
+        "eval": settings,
+        "decode": {"max_latents": work.spec.max_latents, "min_latents": work.spec.min_latents},
     }
-    return {name: stages for name, stages in table.items() if stages}
+    if name == "soft-thinking":
+        inputs["soft"] = dataclasses.asdict(work.config.soft_thinking)
+    return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
 
 
-def _load(work: Workspace, source: Step, thinker: str) -> nn.Module:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if thinker == "gold":
-        return load_stage1(work, source.final).to(device)
-    return load_lm(source.final, work.config.model).to(device)
+def _interventions(work: Workspace, name: str, split: str) -> list[str]:
+    # on the split the report is about; without reasoning there is nothing to change
+    chosen = "test" if "test" in work.data else "validation"
+    return list(work.config.eval.interventions) if split == chosen and name != "no-cot" else []
+
+
+def _text_of(work: Workspace) -> Any:
+    return lambda ids: work.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _load(work: Workspace, name: str, source: Step) -> Thinker:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "stage1":
+        return Thinker("gold", load_stage1(work, source.final).to(device))
+    model = load_lm(source.final, work.config.model).to(device)
+    if name == "soft-thinking":
+        settings = dataclasses.asdict(work.config.soft_thinking)
+        del settings["enabled"]
+        return Thinker("soft", model, soft=Soft(**settings))
+    how = read_json(source.final / "thinker.json")
+    return Thinker(how["thinker"], model, thoughts=_thoughts(source.final, how, model, device))
+
+
+def _thoughts(folder: Path, how: dict[str, Any], model: nn.Module, device: torch.device) -> Thoughts | None:
+    if "thoughts" not in how:
+        return None
+    return load_thoughts(folder / THOUGHTS_FILE, ThoughtSpec(**how["thoughts"]), input_table(model).dtype, device)

@@ -55,6 +55,39 @@ def latent_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
 
 
+def intervention_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return header and rows of what changes with changed thoughts, and of how well they agree with the gold CoT."""
+    rows = [r for r in results if r.get("interventions") or r.get("gold_recall") is not None]
+    names = [
+        n for n in ("zero", "mean", "shuffle", "truncate") if any(n in (r.get("interventions") or {}) for r in rows)
+    ]
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        found = (row.get("interventions") or {}).get(name)
+        return NONE if found is None else f"{percent(found['accuracy'])} ({interval(found)})"
+
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("model", lambda r: r["model"]),
+        ("split", lambda r: r["split"]),
+        ("as decoded %", lambda r: percent((r.get("interventions") or {}).get("given", {}).get("accuracy"))),
+        *((f"{name} %", lambda r, name=name: cell(r, name)) for name in names),
+        ("gold recall %", lambda r: percent(r.get("gold_recall"))),
+        ("by chance %", lambda r: percent(r.get("gold_recall_chance"))),
+    ]
+    return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
+
+
+def interval(found: Mapping[str, Any] | None) -> str:
+    """Return `+1.2 [-0.3, +2.7]`, a `difference` with its `difference_ci`, in points of percent, or a dash."""
+    if not found:
+        return NONE
+    value = f"{100 * found['difference']:+.1f}"
+    if not found.get("difference_ci"):
+        return value
+    low, high = found["difference_ci"]
+    return f"{value} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def accuracy(row: Mapping[str, Any]) -> str:
     """Return `97.2 ± 0.5`, in percent with one standard error."""
     error = row.get("accuracy_se")
@@ -81,3 +114,10 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown; the first two columns are aligned left."""
+    header, rows = table
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

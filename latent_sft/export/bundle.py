@@ -22,11 +22,13 @@ class Statement:
         names: what it defines.
         uses: names its code mentions; locals among them do no harm.
         text: source lines with the comments above them.
+        import_line: line of an import inside it, 0 where there is none: such a definition cannot be copied.
     """
 
     names: tuple[str, ...]
     uses: frozenset[str]
     text: str
+    import_line: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,21 +103,25 @@ def _read(name: str, modules: dict[str, Module]) -> None:
             for alias in node.names:
                 _import(node, alias, package, module)
             continue
-        inner = [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
-        if inner or not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)):
-            line = (inner or [node])[0].lineno
-            raise ValueError(f"{name}:{line}: only definitions and imports at the top level can be bundled.")
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)):
+            raise ValueError(_refusal(name, node.lineno))
+        inner = [n.lineno for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
         module.statements.append(
             Statement(
                 names=_defined(node),
                 uses=frozenset(_mentioned(node, {n for n, (_, there) in module.internal.items() if not there})),
                 text="\n".join(lines[begin:end]).strip("\n"),
+                import_line=inner[0] if inner else 0,
             )
         )
     for origin, _ in module.internal.values():
         if origin not in modules:
             _read(origin, modules)
     modules[name] = module
+
+
+def _refusal(module: str, line: int) -> str:
+    return f"{module}:{line}: only definitions and imports at the top level can be bundled."
 
 
 def _import(node: ast.Import | ast.ImportFrom, alias: ast.alias, package: str, module: Module) -> None:
@@ -176,6 +182,8 @@ def _reached(modules: dict[str, Module], entry: str, name: str) -> tuple[set[tup
         else:
             for statement in module.statements:
                 if wanted in statement.names:
+                    if statement.import_line:
+                        raise ValueError(_refusal(where, statement.import_line))
                     kept.add(pair)
                     queue += [(where, used) for used in statement.uses]
     if (entry, name) not in kept:

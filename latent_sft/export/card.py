@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from latent_sft import __version__
 from latent_sft.config.schema import Config
-from latent_sft.method.types import LatentSpec
+from latent_sft.export import card_thoughts
+from latent_sft.method.types import LatentSpec, ThoughtSpec
 from latent_sft.runs import MANIFEST, read_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class CardFacts:
         base_model: Hub name of the model it was trained from; None for a model trained from scratch.
         training_data: sentences on the data; empty where it is not known.
         results: split -> summary of an evaluation (see `evaluation.score`), and how it decoded as `decoding`.
+        method: `latent-sft`, `coconut`, `codi`, `pccot` or `kava`; empty where it is not known.
     """
 
     name: str
@@ -41,15 +43,19 @@ class CardFacts:
     base_model: str | None = None
     training_data: str = ""
     results: Mapping[str, Mapping[str, Any]] | None = None
+    method: str = ""
 
 
-def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path) -> CardFacts:
+def facts_of_run(
+    config: Config, manifest: Mapping[str, Any], evaluations: Path, method: str = "latent-sft"
+) -> CardFacts:
     """Collect the facts of an experiment.
 
     Args:
         config: the experiment.
-        manifest: of its finished stage 2.
+        manifest: of the finished stage.
         evaluations: folder of `<split>.json` files; it may be missing. Those of an earlier training are left out.
+        method: of CardFacts.
 
     Raises:
         ArtefactError: a damaged evaluation.
@@ -61,21 +67,39 @@ def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path)
         license=config.export.license,
         base_model=name if name and not local else None,
         training_data=_training_data(config, manifest),
-        results=_measured(evaluations, manifest),
+        results=_measured(evaluations, manifest, noisy=method == "latent-sft"),
+        method=method,
     )
 
 
-def model_card(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts) -> str:
-    """Return the README of an exported folder: YAML front matter, then Markdown."""
+def model_card(
+    spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts, thoughts: ThoughtSpec | None = None
+) -> str:
+    """Return the README of an exported folder: YAML front matter, then Markdown.
+
+    Args:
+        spec: settings.
+        tokenizer: of the model.
+        facts: what the checkpoint does not say.
+        thoughts: of a model that thinks in hidden states; None is Latent-SFT.
+    """
+    prompt = prompt_code(spec, _opened(spec, tokenizer))
+    if thoughts is None:
+        what, arguments, settings = _method(spec, facts), LATENT_ARGUMENTS, _latent_settings(spec)
+        limits, citation = _limitations(spec), f"The method:\n\n```bibtex\n{CITATION}\n```"
+    else:
+        what = card_thoughts.method(thoughts, facts.method, _origin(facts))
+        arguments, settings = card_thoughts.ARGUMENTS, card_thoughts.settings(thoughts)
+        limits, citation = card_thoughts.limitations(spec, thoughts), card_thoughts.citation(facts.method)
     sections = [
-        _front_matter(facts),
-        f"# {facts.name}\n\n{_method(spec, facts)}",
-        f"## How to run\n\n{_usage(prompt_code(spec, _opened(spec, tokenizer)))}",
+        _front_matter(facts, thoughts),
+        f"# {facts.name}\n\n{what}",
+        f"## How to run\n\n{_usage(prompt, arguments)}",
         f"## Training data\n\n{facts.training_data or 'Not recorded with this checkpoint.'}",
-        f"## Settings of the latents\n\n{_settings(spec)}",
+        f"## Settings of the latents\n\n{_settings(spec, settings, thoughts)}",
         f"## Results\n\n{_results(facts)}",
-        f"## Limitations\n\n{_limitations(spec)}",
-        f"## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nWritten by latent_sft {__version__}.",
+        f"## Limitations\n\n{limits}",
+        f"## Citation\n\n{citation}\n\nWritten by latent_sft {__version__}.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -114,26 +138,37 @@ def _opened(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase) -> str:
     return delimiter if delimiter and text.rstrip().endswith(delimiter) else ""
 
 
-def _front_matter(facts: CardFacts) -> str:
+def _front_matter(facts: CardFacts, thoughts: ThoughtSpec | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {facts.license}"]
     if facts.base_model:
         lines.append(f"base_model: {facts.base_model}")
-    return "\n".join([*lines, "tags:", "  - latent-reasoning", "  - latent-sft", "  - custom_generate", "---"])
+    method = "latent-sft" if thoughts is None else facts.method or "continuous-thoughts"
+    return "\n".join([*lines, "tags:", "  - latent-reasoning", f"  - {method}", "  - custom_generate", "---"])
+
+
+def _origin(facts: CardFacts) -> str:
+    if not facts.base_model:
+        return ""
+    return f" from [{facts.base_model}](https://huggingface.co/{facts.base_model})"
 
 
 def _method(spec: LatentSpec, facts: CardFacts) -> str:
-    link = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     chunk = "one reasoning step" if spec.segmentation == "step" else f"{spec.rate} tokens of written reasoning"
     return (
         "A reasoner trained with Latent-SFT ([arXiv 2510.15522](https://arxiv.org/abs/2510.15522))"
-        f"{f' from {link}' if facts.base_model else ''}.\n"
+        f"{_origin(facts)}.\n"
         f"Before it answers it thinks in latent tokens: each is a mix of {spec.top_k} vocabulary entries, stands for "
         f"{chunk} and is fed back as the next input embedding.\n"
         "An encoder learned to compress reasoning into such tokens; then this model learned to produce them by itself."
     )
 
 
-def _usage(make_inputs: str) -> str:
+LATENT_ARGUMENTS = (
+    "`min_latents`, `max_latents`, `noise_scale`, `do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
+)
+
+
+def _usage(make_inputs: str, arguments: str) -> str:
     return f"""It needs `transformers` and `torch`, nothing else. The decoding code is in `custom_generate/generate.py`;
 read it before you trust it with `trust_remote_code=True`. `folder` is this repository's name or a local copy of it.
 
@@ -159,13 +194,11 @@ for ids, weights in zip(output.latent_ids[0], output.latent_weights[0]):
     print([(tokenizer.decode([i]), round(w, 3)) for i, w in zip(ids[:3].tolist(), weights[:3].tolist())])
 ```
 
-Further arguments: `min_latents`, `max_latents`, `noise_scale`, `do_sample`, `temperature`, `top_p`, `max_new_tokens`
-(of the answer). Batches work with padding on either side and their `attention_mask`."""
+Further arguments: {arguments}(of the answer). Batches work with padding on either side and their `attention_mask`."""
 
 
-def _settings(spec: LatentSpec) -> str:
-    think, end_think = (", ".join(map(str, ids)) for ids in (spec.think_ids, spec.end_think_ids))
-    shown = [
+def _latent_settings(spec: LatentSpec) -> list[tuple[str, Any]]:
+    return [
         ("CoT per latent", "one step" if spec.segmentation == "step" else f"{spec.rate} tokens"),
         ("vocabulary entries per latent", spec.top_k),
         ("table of the latents", {"input": "input embeddings", "head": "LM head"}[spec.projection]),
@@ -173,11 +206,19 @@ def _settings(spec: LatentSpec) -> str:
         ("temperature while thinking", spec.decode_temperature),
         ("noise in training (scale, temperature)", f"{spec.noise_scale}, {spec.noise_temperature}"),
         ("latents (least, most)", f"{spec.min_latents}, {spec.max_latents}"),
+    ]
+
+
+def _settings(spec: LatentSpec, own: list[tuple[str, Any]], thoughts: ThoughtSpec | None) -> str:
+    think, end_think = (", ".join(map(str, ids)) for ids in (spec.think_ids, spec.end_think_ids))
+    shown = [
+        *own,
         ("answer tokens (most)", spec.max_answer_tokens),
         ("token ids that open and close thinking", f"{think} and {end_think}"),
     ]
     rows = "\n".join(f"| {name} | {value} |" for name, value in shown)
-    return f"| setting | value |\n|---|---|\n{rows}\n\nAll of them are in `latent_spec.json`."
+    files = "`latent_spec.json`" if thoughts is None else "`thinker.json` and `latent_spec.json`"
+    return f"| setting | value |\n|---|---|\n{rows}\n\nAll of them are in {files}."
 
 
 def _results(facts: CardFacts) -> str:
@@ -205,14 +246,16 @@ def _limitations(spec: LatentSpec) -> str:
     )
 
 
-def _measured(folder: Path, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _measured(folder: Path, trained: Mapping[str, Any], noisy: bool) -> dict[str, dict[str, Any]]:
     results = {}
     for path in sorted(folder.glob("*.json"), reverse=True):  # validation before test
         inputs = read_json(folder / path.stem / MANIFEST)["inputs"]
         if inputs["model"] != trained["fingerprint"]:
             continue
         used = inputs["eval"]
-        sampled = f"sampled, temperature {used['temperature']}, top-p {used['top_p']}, noisy latents"
+        sampled = (
+            f"sampled, temperature {used['temperature']}, top-p {used['top_p']}{', noisy latents' if noisy else ''}"
+        )
         results[path.stem] = {**read_json(path)["summary"], "decoding": sampled if used["sample"] else "greedy"}
     return results
 

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from latent_sft.inference.generate import Decoded, Sampling
 from latent_sft.inference.generate import generate as decode
-from latent_sft.method.types import LatentSpec
+from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 
-SPEC: LatentSpec = None  # type: ignore[assignment]  # the export writes the checkpoint's own values here
+# the export writes the checkpoint's own values here; THOUGHTS stays None where latents are mixes of vocabulary entries
+SPEC: LatentSpec = None  # type: ignore[assignment]
+THOUGHTS: ThoughtSpec | None = None
 
 # arguments that other code passes along and that have nothing to say here: padding and EOS are those of SPEC
 IGNORED = {
@@ -43,12 +46,15 @@ class LatentOutput(ModelOutput):
         latent_ids: `[B, N, K]` token ids of the latents, padded with the pad id.
         latent_weights: `[B, N, K]` their weights, padded with 0.
         num_latents: `[B]`.
+        latent_embeds: `[B, N, D]` what was fed, where latents are hidden states; ids and weights are then what the LM
+            head makes of them.
     """
 
     sequences: LongTensor | None = None
     latent_ids: LongTensor | None = None
     latent_weights: Tensor | None = None
     num_latents: LongTensor | None = None
+    latent_embeds: Tensor | None = None
 
 
 def generate(
@@ -71,8 +77,9 @@ def generate(
 ) -> LongTensor | LatentOutput:
     """Think in latent tokens, then write the answer.
 
-    A latent token is a weighted mix of vocabulary entries and has no id of its own, so it does not appear in the
-    returned ids; `return_latents=True` returns the latents too. Random draws follow `torch.manual_seed`.
+    A latent token is a weighted mix of vocabulary entries, or a hidden state that is fed back, and has no id of its
+    own, so it does not appear in the returned ids; `return_latents=True` returns the latents too. Random draws follow
+    `torch.manual_seed`.
 
     Args:
         inputs: same as `input_ids`; what `model.generate(ids)` arrives as.
@@ -85,7 +92,8 @@ def generate(
         do_sample: sample the answer instead of taking the likeliest token.
         temperature: of the sampled answer.
         top_p: nucleus mass of the sampled answer.
-        min_latents: thinking does not stop before; as trained by default.
+        min_latents: thinking does not stop before; as trained by default. This and the next two are refused where
+            latents are hidden states, of which there are always as many as in training.
         max_latents: thinking ends after; as trained by default.
         noise_scale: multiplier of Gumbel noise on the latents; no noise by default.
         batch_size: rows decoded together.
@@ -98,10 +106,14 @@ def generate(
 
     Raises:
         ValueError: an argument that latent decoding does not have, no prompts, or a model of another vocabulary.
+        OSError: the weights that turn hidden states into inputs are not beside the model's.
     """
     config = model.generation_config if generation_config is None else generation_config
     refused = {key for key, value in others.items() if value is not None and key not in IGNORED}
     refused |= {key for key in ("num_beams", "num_return_sequences") if (getattr(config, key, None) or 1) > 1}
+    if THOUGHTS is not None:
+        limits = {"min_latents": min_latents, "max_latents": max_latents, "noise_scale": noise_scale}
+        refused |= {key for key, value in limits.items() if value is not None}
     if refused:
         raise ValueError(f"{', '.join(sorted(refused))}: not available in latent decoding.")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -132,8 +144,15 @@ def generate(
         )
     real = torch.ones_like(ids) if attention_mask is None else attention_mask
     opened = [_open(row[keep.bool()].tolist(), spec) for row, keep in zip(ids, real, strict=True)]
+    thoughts = None if THOUGHTS is None else _beside(model, THOUGHTS)
     decoded = decode(
-        model, spec, [prompt for prompt, _ in opened], thinker="latent", sampling=sampling, batch_size=batch_size
+        model,
+        spec,
+        [prompt for prompt, _ in opened],
+        thinker="latent" if thoughts is None else "continuous",
+        thoughts=thoughts,
+        sampling=sampling,
+        batch_size=batch_size,
     )
     written = [
         [*added, *spec.end_think_ids, *row.answer_ids, *([spec.eos_id] if row.finished else [])]
@@ -152,6 +171,20 @@ def _open(prompt: list[int], spec: LatentSpec) -> tuple[list[int], tuple[int, ..
     return [*prompt, *added], added
 
 
+def _beside(model: PreTrainedModel, spec: ThoughtSpec) -> Thoughts:
+    """Return the weights from the folder, or the revision of the Hub repository, that the model was loaded from."""
+    commit = getattr(model.config, "_commit_hash", None)
+    try:
+        path = cached_file(model.name_or_path, THOUGHTS_FILE, revision=commit)
+    except OSError as error:
+        raise OSError(
+            f"{THOUGHTS_FILE}: not found beside the model, which was loaded from {model.name_or_path!r}; load it from "
+            "the exported folder or its Hub repository."
+        ) from error
+    table = model.get_input_embeddings().weight
+    return load_thoughts(path, spec, table.dtype, table.device)
+
+
 def _with_latents(sequences: Tensor, decoded: list[Decoded], spec: LatentSpec) -> LatentOutput:
     most = max((row.num_steps for row in decoded), default=0)
     ids = torch.full((len(decoded), most, spec.top_k), spec.pad_id)
@@ -159,9 +192,11 @@ def _with_latents(sequences: Tensor, decoded: list[Decoded], spec: LatentSpec) -
     for b, row in enumerate(decoded):
         ids[b, : row.num_steps] = row.latent_ids
         weights[b, : row.num_steps] = row.latent_weights
+    embeds = [row.latent_embeds for row in decoded if row.latent_embeds is not None]  # all of them or none
     return LatentOutput(
         sequences=sequences,
         latent_ids=ids.to(sequences.device),
         latent_weights=weights.to(sequences.device),
         num_latents=torch.tensor([row.num_steps for row in decoded], device=sequences.device),
+        latent_embeds=torch.stack(embeds).to(sequences.device) if embeds else None,
     )

@@ -7,7 +7,7 @@ model, which is told positions explicitly and columns by a mask.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,20 @@ from transformers import Cache
 
 from latent_sft.errors import ConfigError
 from latent_sft.method.masks import to_additive
+
+
+class Reading(NamedTuple):
+    """A pass over several columns of some slots, which see themselves only.
+
+    Attributes:
+        slots: `[n]`.
+        first: column in which the widest of the rows begins; the pass sees columns from here on.
+        begin: column of the pass's first token; `first` unless others were read before.
+    """
+
+    slots: Tensor
+    first: int
+    begin: int
 
 
 class SlotCache(Cache):
@@ -26,8 +40,7 @@ class SlotCache(Cache):
         capacity: columns of the buffers.
         column: the next one to be written.
         static: the model sees the whole buffer at every step (fixed shapes), not only the columns up to this one.
-        prompts: `(slots, width)` while prompts are read: their keys and values go to the last `width` columns of these
-            slots, and the prompts see themselves only.
+        reading: set while prompts are read, or several latents at once.
     """
 
     def __init__(self, slots: int, capacity: int, static: bool, device: torch.device) -> None:
@@ -36,7 +49,7 @@ class SlotCache(Cache):
         self.values: list[Tensor] = []
         self.slots, self.capacity, self.static = slots, capacity, static
         self.column = 0
-        self.prompts: tuple[Tensor, int] | None = None
+        self.reading: Reading | None = None
         self.column_index = torch.zeros(1, dtype=torch.long, device=device)  # a tensor: compiled code does not see ints
 
     def update(
@@ -47,11 +60,18 @@ class SlotCache(Cache):
             self.keys.append(self._buffer(key_states))
             self.values.append(self._buffer(value_states))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if self.prompts is not None:
-            slots, width = self.prompts
-            keys.narrow(2, self.column - width, width).index_copy_(0, slots, key_states)
-            values.narrow(2, self.column - width, width).index_copy_(0, slots, value_states)
-            return key_states, value_states
+        if self.reading is not None:
+            slots, first, begin = self.reading
+            width = key_states.shape[2]
+            keys.narrow(2, begin, width).index_copy_(0, slots, key_states)
+            values.narrow(2, begin, width).index_copy_(0, slots, value_states)
+            if begin == first:
+                return key_states, value_states
+            seen = begin + width - first
+            return (
+                keys.narrow(2, first, seen).index_select(0, slots),
+                values.narrow(2, first, seen).index_select(0, slots),
+            )
         if self.static:
             keys.index_copy_(2, self.column_index, key_states)
             values.index_copy_(2, self.column_index, value_states)

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from latent_sft.inference.advance import Job
 from latent_sft.inference.noise import Sampling
-from latent_sft.inference.slots import Finished, Job, Slots
+from latent_sft.inference.slots import Finished, Slots
 from latent_sft.method.thinking import THINK, answer_phase
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, Soft, Superposition
 from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.models.thoughts import Thoughts, placeholders
+
+THINKERS = ("latent", "explicit", "continuous", "soft")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +29,15 @@ class Decoded:
     """What one problem produced.
 
     Attributes:
-        latent_ids: `[n, K]` on the CPU, or None where thinking was explicit.
+        latent_ids: `[n, K]` on the CPU, or None where thinking was explicit. For hidden states these say what the LM
+            head makes of the state that a latent was made of.
         latent_weights: `[n, K]` float32, likewise.
         thought_ids: explicit tokens between the delimiters; for latents their top-1 ids.
         answer_ids: answer without EOS.
         num_steps: latents, or explicit CoT tokens.
         forward_passes: model calls this row took part in, prefill included.
         finished: EOS was written.
+        latent_embeds: `[n, D]` float32 on the CPU, what the latents were fed as, where that was not a superposition.
     """
 
     latent_ids: Tensor | None
@@ -41,6 +47,7 @@ class Decoded:
     num_steps: int
     forward_passes: int
     finished: bool
+    latent_embeds: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -50,7 +57,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     thinker: str,
-    latents: Sequence[Superposition] | None = None,
+    latents: Sequence[Superposition | Tensor] | None = None,
+    thoughts: Thoughts | None = None,
+    soft: Soft | None = None,
     max_cot_tokens: int = 512,
     sampling: Sampling | None = None,
     batch_size: int = 64,
@@ -64,10 +73,13 @@ def generate(
         model: causal LM (PEFT wrapper allowed), on its device; put into eval mode for the call.
         spec: settings.
         prompts: token ids, each ending with the opening delimiter.
-        thinker: `latent` (feed superpositions back) or `explicit` (write the CoT out).
-        latents: given latents `[n_i, K]` a prompt; thinking is skipped, `</think>` is fed and the answer decoded (the
-            gold path of stage 1).
-        max_cot_tokens: cap of explicit thinking; 0 skips it (No-CoT).
+        thinker: `latent` (feed superpositions back), `explicit` (write the CoT out), `continuous` (feed hidden states
+            back, by `thoughts`) or `soft` (Soft Thinking, by `soft`).
+        latents: given latents, for each prompt a superposition `[n_i, K]` or input embeddings `[n_i, D]`; thinking is
+            skipped whatever the thinker, `</think>` is fed and the answer decoded (the gold path of stage 1).
+        thoughts: for `continuous`, on the model's device; put into eval mode for the call.
+        soft: for `soft`.
+        max_cot_tokens: cap of explicit and soft thinking; 0 skips it (No-CoT).
         sampling: None is greedy without noise.
         batch_size: rows decoded together; a row that ends makes room for the next problem.
         progress: called with the number of problems just finished.
@@ -80,33 +92,49 @@ def generate(
     Raises:
         ConfigError: the model has layers of a kind that decoding does not know.
     """
-    if thinker not in ("latent", "explicit"):
-        raise ValueError(f"thinker must be 'latent' or 'explicit', not {thinker!r}")
+    if thinker not in THINKERS:
+        raise ValueError(f"thinker must be one of {', '.join(THINKERS)}, not {thinker!r}")
+    for needed, given in {"continuous": thoughts, "soft": soft}.items():
+        if thinker == needed and given is None and latents is None:
+            raise ValueError(f"thinker {thinker!r} needs its settings: generate(..., thoughts=...) or soft=...")
     if not prompts:
         return []
-    tail = 0 if latents is None else len(spec.end_think_ids)
-    sizes = [len(p) + (tail + len(latents[i].ids) if latents is not None else 0) for i, p in enumerate(prompts)]
-    cap = spec.max_latents if thinker == "latent" else max_cot_tokens
+    thinks = thinker if latents is None else "explicit"
     job = Job(
         model=model,
         spec=spec,
-        latent=thinker == "latent" and latents is None,
-        phase=THINK if latents is None else answer_phase(spec),
+        thinker=thinks,
+        phase=THINK,
         max_cot_tokens=max_cot_tokens,
-        longest=max(sizes) + (0 if latents is not None else cap + len(spec.end_think_ids)) + spec.max_answer_tokens,
+        longest=0,
         sampling=sampling,
         static=static or compile,
         compiled=compile,
+        thoughts=thoughts if thinks == "continuous" else None,
+        soft=soft if thinks == "soft" else None,
+    )
+    given = latents
+    if job.parallel is not None:
+        assert thoughts is not None
+        given = [placeholders(thoughts, 1)[0]] * len(prompts)
+    tail = 0 if given is None else len(spec.end_think_ids)
+    sizes = [len(p) + (tail + _count(given[i]) if given is not None else 0) for i, p in enumerate(prompts)]
+    job = job._replace(
+        phase=THINK if given is None else answer_phase(spec),
+        longest=max(sizes) + (_most_steps(job) if given is None else 0) + spec.max_answer_tokens,
     )
 
     def prefix(problems: Sequence[int]) -> tuple[Tensor, Tensor]:
-        given = None if latents is None else [latents[i] for i in problems]
-        return _prefix(model, spec, [prompts[i] for i in problems], given)
+        own = None if given is None else [given[i] for i in problems]
+        return _prefix(model, spec, [prompts[i] for i in problems], own)
 
     queue = deque(sorted(range(len(prompts)), key=lambda i: -sizes[i]))
     results: dict[int, Decoded] = {}
     was_training, attention = model.training, core(model).config._attn_implementation
+    thoughts_trained = thoughts is not None and thoughts.training
     model.eval()
+    if thoughts is not None:
+        thoughts.eval()
     try:
         if "flash" in attention:  # takes no mask, and columns that rows do not have in common need one
             core(model).config._attn_implementation = "sdpa" if core(model)._supports_sdpa else "eager"
@@ -124,29 +152,48 @@ def generate(
     finally:
         core(model).config._attn_implementation = attention
         model.train(was_training)
+        if thoughts is not None:
+            thoughts.train(thoughts_trained)
     return [results[i] for i in range(len(prompts))]
 
 
+def _count(latent: Superposition | Tensor) -> int:
+    """Return n of a superposition `[n, K]` or of embeddings `[n, D]`."""
+    return len(latent) if isinstance(latent, Tensor) else len(latent.ids)
+
+
+def _most_steps(job: Job) -> int:
+    """Return the most steps that thinking takes, `</think>` included."""
+    if job.thoughts is not None:
+        most = job.thoughts.spec.num_latents
+    else:
+        most = job.spec.max_latents if job.thinker == "latent" else job.max_cot_tokens
+    return most + len(job.spec.end_think_ids)
+
+
 def _prefix(
-    model: nn.Module, spec: LatentSpec, prompts: list[Sequence[int]], given: list[Superposition] | None
+    model: nn.Module, spec: LatentSpec, prompts: list[Sequence[int]], given: list[Superposition | Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Return left-padded prefix embeddings `[B, W, D]` and which positions are real `[B, W]`."""
     device = core(model).device
     rows = [list(prompt) for prompt in prompts]
     if given is not None:  # any id holds the place of a latent
-        rows = [[*row, *[spec.pad_id] * len(g.ids), *spec.end_think_ids] for row, g in zip(rows, given, strict=True)]
+        rows = [[*row, *[spec.pad_id] * _count(g), *spec.end_think_ids] for row, g in zip(rows, given, strict=True)]
     width = max(len(row) for row in rows)
     ids = torch.tensor([[spec.pad_id] * (width - len(row)) + row for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     embeds = embed(model, ids)
     for b, latent in enumerate(given or ()):
         end = width - len(spec.end_think_ids)
-        mixed = mix_latents(model, Superposition(latent.ids.to(device), latent.weights.to(device)))
-        embeds[b, end - len(mixed) : end] = mixed.to(embeds.dtype)
+        if isinstance(latent, Tensor):
+            fed = latent.to(device)
+        else:
+            fed = mix_latents(model, Superposition(latent.ids.to(device), latent.weights.to(device)))
+        embeds[b, end - len(fed) : end] = fed.to(embeds.dtype)
     return embeds, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-def _decoded(row: Finished, job: Job, given: Superposition | None) -> Decoded:
+def _decoded(row: Finished, job: Job, given: Superposition | Tensor | None) -> Decoded:
     """Cut what a row was fed into thought, `</think>` and answer."""
     steps, spec = row.num_steps, job.spec
     # an EOS while thinking ends the row before any delimiter
@@ -155,17 +202,23 @@ def _decoded(row: Finished, job: Job, given: Superposition | None) -> Decoded:
     tokens = row.fed.ids[:length, 0].tolist()
     answer = tokens[steps + between :]
     finished = bool(answer) and answer[-1] == spec.eos_id
-    latent: Superposition | None = None
-    if given is not None:
+    latent, embeds = None, row.thoughts
+    if isinstance(given, Tensor):
+        embeds, steps = given.detach().float().cpu(), len(given)
+    elif given is not None:
         latent, steps = Superposition(given.ids.cpu(), given.weights.cpu()), len(given.ids)
-    elif job.latent:
+    elif job.thinker != "explicit":
         latent = Superposition(row.fed.ids[:steps].clone(), row.fed.weights[:steps].clone())
+    thought = [] if given is not None else tokens[:steps]
+    # the last token is not fed, but there was the prefill; latents that were thought at once took T passes more
+    passes = length if job.parallel is None else job.parallel.iterations + row.num_answer
     return Decoded(
         latent_ids=None if latent is None else latent.ids,
         latent_weights=None if latent is None else latent.weights,
-        thought_ids=tokens[:steps] if latent is None else latent.ids[:, 0].tolist(),
+        thought_ids=thought if latent is None else latent.ids[:, 0].tolist(),
         answer_ids=answer[:-1] if finished else answer,
         num_steps=steps,
-        forward_passes=length,  # the last token is not fed, but there was the prefill
+        forward_passes=passes,
         finished=finished,
+        latent_embeds=embeds,
     )

@@ -37,9 +37,14 @@ class Noise:
         latents: whether latents are perturbed.
     """
 
-    def __init__(self, sampling: Sampling | None, spec: LatentSpec, latent: bool, device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling | None, spec: LatentSpec, latent: bool, device: torch.device, mixture: int = 0
+    ) -> None:
+        """Set up the draws; `mixture` is the number of entries of a noisy soft mixture, 0 where there is none."""
         self.tokens = sampling is not None and sampling.temperature > 0
-        self.latents = latent and sampling is not None and sampling.latent_noise and spec.noise_scale > 0
+        noisy = latent and sampling is not None and sampling.latent_noise and spec.noise_scale > 0
+        self._width = mixture or spec.top_k
+        self.latents = noisy or mixture > 0
         self._seed = 0 if sampling is None else sampling.seed
         self._spec, self._device = spec, device
         self._generators: dict[int, torch.Generator] = {}
@@ -52,7 +57,7 @@ class Noise:
         """
         if not self.tokens and not self.latents:
             return None, None
-        sizes = self._spec.vocab_size * self.tokens, NOISE_DRAWS * self._spec.top_k * self.latents
+        sizes = self._spec.vocab_size * self.tokens, NOISE_DRAWS * self._width * self.latents
         drawn = torch.zeros(len(problems), sum(sizes))
         for row, problem in enumerate(problems):
             if problem is not None:
@@ -63,7 +68,7 @@ class Noise:
                 parts = [gumbel((size,), generator, torch.device("cpu")) for size in sizes if size]
                 torch.cat(parts, out=drawn[row])
         tokens, latents = drawn.to(self._device).split(sizes, dim=1)
-        shaped = latents.view(len(problems), -1, self._spec.top_k).transpose(0, 1)
+        shaped = latents.view(len(problems), -1, self._width).transpose(0, 1)
         return tokens if self.tokens else None, shaped if self.latents else None
 
     def forget(self, problem: int) -> None:

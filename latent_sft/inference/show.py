@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from latent_sft.config.schema import ModelConfig
 from latent_sft.data.prompts import render_prompt
-from latent_sft.errors import ArtefactError
+from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.generate import Decoded, Sampling, generate
 from latent_sft.method.superposition import entropy
-from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition
+from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition, ThoughtSpec
+from latent_sft.models.backbone import input_table
 from latent_sft.models.load import load_lm, load_tokenizer
+from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 from latent_sft.runs import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,8 +45,8 @@ class Shown:
 
     Attributes:
         problem: as asked.
-        thinker: `latent`, `explicit` or `none`.
-        latents: what was thought; empty for the other thinkers.
+        thinker: `latent`, `continuous`, `explicit` or `none`.
+        latents: what was thought, of hidden states what the LM head makes of them; empty for the other thinkers.
         thought: written reasoning; empty for latent thinking.
         answer: text after `</think>`.
         num_steps: latents, or tokens of written reasoning.
@@ -97,7 +100,13 @@ def solve_one(checkpoint: str | Path, problem: str, *, seed: int = 0, top: int =
     """Load a checkpoint and solve one problem; `changes` replace fields of its LatentSpec. See `generate_one`."""
     spec = dataclasses.replace(read_spec(checkpoint), **changes)  # type: ignore[arg-type]
     thinker_file = _find(checkpoint, "thinker.json")
-    thinker = read_json(thinker_file)["thinker"] if thinker_file else "latent"
+    how = read_json(thinker_file) if thinker_file else {"thinker": "latent"}
+    thinker = how["thinker"]
+    if thinker == "continuous" and changes:
+        raise ConfigError(
+            f"{checkpoint}: always thinks in {how['thoughts']['num_latents']} latents, and without noise; "
+            f"{', '.join(sorted(changes))} cannot be set."
+        )
     config = ModelConfig(dtype=_dtype(checkpoint))  # type: ignore[arg-type]
     tokenizer = load_tokenizer(checkpoint, config)
     model = load_lm(checkpoint, config).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +115,8 @@ def solve_one(checkpoint: str | Path, problem: str, *, seed: int = 0, top: int =
         model,
         spec,
         [render_prompt(tokenizer, spec, problem)],
-        thinker="latent" if thinker == "latent" else "explicit",
+        thinker=thinker if thinker in ("latent", "continuous") else "explicit",
+        thoughts=_thoughts(checkpoint, ThoughtSpec(**how["thoughts"]), model) if thinker == "continuous" else None,
         max_cot_tokens=0 if thinker == "none" else 512,
         sampling=Sampling(latent_noise=True, seed=seed) if noisy else None,
     )[0]
@@ -139,8 +149,9 @@ def as_table(shown: Shown) -> str:
 
     console = Console(markup=False, highlight=False)
     with console.capture() as capture:
-        if shown.thinker == "latent":
-            table = Table(title=f"latent tokens: {shown.num_steps}")
+        if shown.thinker in ("latent", "continuous"):
+            titles = {"latent": "latent tokens", "continuous": "latents, as the LM head reads them"}
+            table = Table(title=f"{titles[shown.thinker]}: {shown.num_steps}")
             for column in ("#", "entropy", "vocabulary entries (weight)"):
                 table.add_column(column, justify="left" if column.startswith("v") else "right")
             for number, latent in enumerate(shown.latents, 1):
@@ -172,6 +183,19 @@ def _shown(problem: str, thinker: str, decoded: Decoded, tokenizer: PreTrainedTo
         forward_passes=decoded.forward_passes,
         finished=decoded.finished,
     )
+
+
+def _thoughts(checkpoint: str | Path, spec: ThoughtSpec, model: PreTrainedModel) -> Thoughts:
+    path = _find(checkpoint, THOUGHTS_FILE)
+    if path is None:
+        raise ArtefactError(
+            f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
+        )
+    table = input_table(model)
+    try:
+        return load_thoughts(Path(path), spec, table.dtype, table.device)
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
 
 
 def _find(checkpoint: str | Path, name: str) -> str | None:

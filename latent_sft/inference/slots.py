@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latent_sft.inference.cache import SlotCache, Windows, prompt_mask, repacked
-from latent_sft.inference.noise import Noise, Sampling, sample
+from latent_sft.inference.advance import Job, Moved, advance, copied, follow, last_states
+from latent_sft.inference.cache import Reading, SlotCache, Windows, prompt_mask, repacked
+from latent_sft.inference.jacobi import said, think_at_once
+from latent_sft.inference.noise import Noise
 from latent_sft.method import thinking
 from latent_sft.method.masks import to_additive
 from latent_sft.method.thinking import ThinkState
-from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.method.types import Superposition
+from latent_sft.models.backbone import core, embed
 
 PREFILL_TOKENS = 16384  # of prompts read at once; their attention mask is `[n, 1, W, W]`
 FIRST_COLUMNS = 64  # beyond the longest prompt; buffers grow by doubling, since few rows need all they may
@@ -34,48 +36,17 @@ LOOK_EVERY = {"cpu": 1}
 LOOK_EVERY_ELSEWHERE = 4
 
 
-class Job(NamedTuple):
-    """What is the same for all problems of a call.
-
-    Attributes:
-        model: causal LM, perhaps wrapped by PEFT.
-        spec: settings.
-        latent: feed superpositions; otherwise tokens.
-        phase: in which rows start.
-        max_cot_tokens: cap of explicit thinking.
-        longest: most columns a row may take.
-        sampling: None is greedy.
-        static: buffers of full size from the start, and the same shapes at every step.
-        compiled: compile the step.
-    """
-
-    model: nn.Module
-    spec: LatentSpec
-    latent: bool
-    phase: int
-    max_cot_tokens: int
-    longest: int
-    sampling: Sampling | None
-    static: bool
-    compiled: bool
-
-
-class Moved(NamedTuple):
-    """What a step gives: what rows are fed next (`[B, K]`, `[B, 1, D]` at `[B, 1]`), and their state."""
-
-    fed: Superposition
-    embeds: Tensor
-    position: Tensor
-    state: ThinkState
-
-
 class Finished(NamedTuple):
-    """A row that is done: its problem, everything it was fed `[T, K]`, latents or tokens, and answer tokens."""
+    """A row that is done: its problem, everything it was fed `[T, K]`, latents or tokens, and answer tokens.
+
+    Of thoughts in hidden states `fed` holds what they say, and `thoughts` `[M, D]` what was fed.
+    """
 
     problem: int
     fed: Superposition
     num_steps: int
     num_answer: int
+    thoughts: Tensor | None
 
 
 class Slots:
@@ -85,6 +56,7 @@ class Slots:
         problems: the problem in each slot, or None.
         begin: first column of each slot's row.
         width: columns of its prompt.
+        thoughts: `[S, M + 1, D]` thoughts in hidden states of each slot; the last place is for what is none.
     """
 
     def __init__(self, job: Job, count: int, longest_prompt: int) -> None:
@@ -96,25 +68,28 @@ class Slots:
         capacity = self.most if job.static else min(self.most, longest_prompt + FIRST_COLUMNS)
         self.cache = SlotCache(count, capacity, job.static, self.device)
         self.windows = Windows(lm, job.longest)
-        self.noise = Noise(job.sampling, job.spec, job.latent, self.device)
-        self.script = thinking.script_of(job.spec, self.device)
+        mixture = job.kept if job.soft is not None and job.soft.noise_scale > 0 else 0
+        self.noise = Noise(job.sampling, job.spec, job.thinker == "latent", self.device, mixture)
+        self.script = thinking.script_of(job.spec, self.device, job.kept)
         self.problems: list[int | None] = [None] * count
         self.begin, self.width = [0] * count, [0] * count
-        kept = job.spec.top_k if job.latent else 1
         self.embeds = embed(job.model, torch.zeros(count, 1, dtype=torch.long, device=self.device))
         dtype = self.embeds.dtype
         self.visible = torch.full((count, capacity), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         self.trace = Superposition(
-            torch.zeros(count, capacity, kept, dtype=torch.long, device=self.device),
-            torch.zeros(count, capacity, kept, device=self.device),
+            torch.zeros(count, capacity, job.kept, dtype=torch.long, device=self.device),
+            torch.zeros(count, capacity, job.kept, device=self.device),
         )
         self.state = thinking.start(count, job.spec, self.device, thinking.answer_phase(job.spec) + 1)
         self.position = torch.zeros(count, 1, dtype=torch.long, device=self.device)
+        self.thoughts: Tensor | None = None
+        if job.thoughts is not None:
+            self.thoughts = self.embeds.repeat(1, job.thoughts.spec.num_latents + 1, 1)
         self.steps = 0
         self.look_every = LOOK_EVERY.get(self.device.type, LOOK_EVERY_ELSEWHERE)
-        self.advance: Callable[..., Moved] = _advance
+        self.advance: Callable[..., Moved] = advance
         if job.compiled:
-            self.advance = torch.compile(_advance, mode="reduce-overhead", dynamic=False)
+            self.advance = torch.compile(advance, mode="reduce-overhead", dynamic=False)
 
     def live(self) -> list[int]:
         """Return the slots in work."""
@@ -148,16 +123,22 @@ class Slots:
             free = free[count:]
 
     def _read(self, slots: list[int], problems: list[int], embeds: Tensor, real: Tensor) -> None:
-        column, width = self.cache.column, embeds.shape[1]
+        column, width, job = self.cache.column, embeds.shape[1], self.job
         where = torch.tensor(slots, device=self.device)
         lengths = real.sum(1)
-        ages = torch.arange(width, device=self.device)
-        mask = self.windows.masks(prompt_mask(real, embeds.dtype), ages[:, None] - ages[None])
         position = (real.cumsum(1) - 1).clamp(min=0)
-        state = thinking.start(len(slots), self.job.spec, self.device, self.job.phase)
-        self.cache.prompts = (where, width)
-        moved = _advance(self.job, self.script, self.cache, embeds, position, mask, state, *self.noise.draw(problems))
-        self.cache.prompts = None
+        draws = self.noise.draw(problems)
+        before = thinking.start(len(slots), job.spec, self.device, job.phase)
+        if job.parallel is not None:
+            before = before._replace(num_steps=before.num_steps + job.parallel.num_latents)
+            moved = self._think_at_once(where, embeds, real, position, before, draws[0])
+            lengths = lengths - job.parallel.num_latents - len(job.spec.end_think_ids)
+        else:
+            mask = self._prompt_mask(real, embeds.dtype, 0, width)
+            self.cache.reading = Reading(where, column - width, column - width)
+            moved = advance(job, self.script, self.cache, embeds, position, mask, before, *draws)
+            self._keep_thoughts(where, before, moved)
+        self.cache.reading = None
         lowest = torch.finfo(embeds.dtype).min
         row = torch.full((len(slots), self.cache.capacity), lowest, dtype=embeds.dtype, device=self.device)
         row[:, column - width : column] = to_additive(real, embeds.dtype)
@@ -167,8 +148,48 @@ class Slots:
         self.state = ThinkState(*(o.index_copy(0, where, n) for o, n in zip(self.state, moved.state, strict=True)))
         for buffer, fed in zip(self.trace, moved.fed, strict=True):
             buffer[:, column].index_copy_(0, where, fed.to(buffer.dtype))
-        for slot, problem, length in zip(slots, problems, lengths.tolist(), strict=True):
-            self.problems[slot], self.begin[slot], self.width[slot] = problem, column - length, length
+        columns = zip(real.sum(1).tolist(), lengths.tolist(), strict=True)
+        for slot, problem, (whole, prompt) in zip(slots, problems, columns, strict=True):
+            self.problems[slot], self.begin[slot], self.width[slot] = problem, column - whole, prompt
+
+    def _prompt_mask(self, real: Tensor, dtype: torch.dtype, begin: int, end: int) -> Tensor | dict[str, Tensor]:
+        """Return the mask of a pass over the tokens `begin..end` of left-padded rows that see what is before them."""
+        ages = torch.arange(end, device=self.device)
+        return self.windows.masks(prompt_mask(real[:, :end], dtype)[:, :, begin:], ages[begin:, None] - ages[None])
+
+    def _think_at_once(
+        self, where: Tensor, embeds: Tensor, real: Tensor, position: Tensor, state: ThinkState, noise: Tensor | None
+    ) -> Moved:
+        """Read prompts and think all their latents; these and `</think>` end up in the trace as if fed in steps."""
+        job, first = self.job, self.cache.column - embeds.shape[1]
+        assert job.thoughts is not None and self.thoughts is not None
+
+        def read(inputs: Tensor, begin: int) -> Tensor:
+            end = begin + inputs.shape[1]
+            self.cache.reading = Reading(where, first, first + begin)
+            mask = self._prompt_mask(real, embeds.dtype, begin, end)
+            return last_states(job.model, self.cache, inputs, position[:, begin:end], mask)
+
+        thought = think_at_once(job.thoughts, embeds, len(job.spec.end_think_ids), read)
+        latents = said(job.model, job.spec, thought.states)
+        count, stop = thought.inputs.shape[1], self.cache.column
+        self.thoughts[where, :count] = thought.inputs
+        ids, weights = self.trace
+        start = stop - count - len(job.spec.end_think_ids)
+        for buffer, values in zip(self.trace, latents, strict=True):
+            buffer[where, start : start + count] = values.to(buffer.dtype)
+        ids[where, start + count : stop] = self.script.tokens[: stop - start - count, None]
+        weights[where, start + count : stop] = self.script.one
+        return follow(job, self.script, thought.hidden, position[:, -1:], state, noise)
+
+    def _keep_thoughts(self, where: Tensor | None, before: ThinkState, moved: Moved) -> None:
+        """Store the hidden states that rows (None: all) are fed next."""
+        if self.thoughts is None:
+            return
+        rows = torch.arange(len(self.thoughts), device=self.device) if where is None else where
+        thinks = moved.state.num_steps > before.num_steps
+        place = torch.where(thinks, before.num_steps, self.thoughts.shape[1] - 1)
+        self.thoughts[rows, place] = moved.embeds[:, 0]
 
     def step(self) -> None:
         """Feed every slot once."""
@@ -193,8 +214,9 @@ class Slots:
             *self.noise.draw(self.problems),
         )
         if job.compiled:  # CUDA graphs write the next result over this one
-            moved = _copied(moved)
+            moved = copied(moved)
         self.cache.move_to(column + 1)
+        self._keep_thoughts(None, self.state, moved)
         self.embeds, self.position, self.state = moved.embeds, moved.position, moved.state
         for buffer, fed in zip(self.trace, moved.fed, strict=True):
             buffer[:, column + 1] = fed
@@ -220,7 +242,8 @@ class Slots:
             assert problem is not None
             start = self.begin[slot] + self.width[slot] - first
             fed = Superposition(ids[row, start:], weights[row, start:])
-            finished.append(Finished(problem, fed, num_steps[slot], num_answer[slot]))
+            thoughts = None if self.thoughts is None else self.thoughts[slot, :-1].clone().float().cpu()
+            finished.append(Finished(problem, fed, num_steps[slot], num_answer[slot], thoughts))
             self.noise.forget(problem)
             self.problems[slot] = None
         return finished
@@ -252,52 +275,8 @@ class Slots:
             assert where is not None
             self.state = ThinkState(*(t[where] for t in self.state))
             self.embeds, self.position = self.embeds[where], self.position[where]
+            self.thoughts = None if self.thoughts is None else self.thoughts[where]
             self.problems = [self.problems[slot] for slot in rows]
             self.width = [self.width[slot] for slot in rows]
             self.begin = [self.begin[slot] for slot in rows]
         self.begin = [begin - first for begin in self.begin]
-
-
-def _advance(
-    job: Job,
-    script: thinking.Script,
-    cache: SlotCache,
-    embeds: Tensor,
-    position: Tensor,
-    mask: Any,
-    state: ThinkState,
-    token_noise: Tensor | None,
-    latent_noise: Tensor | None,
-) -> Moved:
-    """Run the model on `[B, T, D]` and choose what each row is fed next; pure but for the cache."""
-    out = core(job.model)(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits = out.logits[:, -1]
-    answers = None
-    if token_noise is not None:
-        assert job.sampling is not None
-        answers = sample(logits, token_noise, job.sampling)
-    if job.latent:
-        fed, after = thinking.latent_step(logits, state, job.spec, script, answers, latent_noise)
-        following = mix_latents(job.model, fed)[:, None]
-    else:
-        fed, after = thinking.explicit_step(logits, state, job.spec, script, job.max_cot_tokens, answers)
-        following = embed(job.model, fed.ids)
-    # a row that is done stays where it is, or its position would leave what the model knows
-    working = (after.phase <= thinking.answer_phase(job.spec))[:, None]
-    return Moved(fed, following.to(embeds.dtype), position[:, -1:] + working, after)
-
-
-def _copied(moved: Moved) -> Moved:
-    return Moved(
-        Superposition(*(t.clone() for t in moved.fed)),
-        moved.embeds.clone(),
-        moved.position.clone(),
-        ThinkState(*(t.clone() for t in moved.state)),
-    )

@@ -1,4 +1,4 @@
-"""Solve tokenised problems: with explicit CoT, without reasoning, with the model's own latents, or with gold ones."""
+"""Solve tokenised problems by any thinker: none, explicit CoT, the model's own latents or gold ones, and the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latent_sft.data.collate import TokenRow, encoder_batch
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, Soft, Superposition
 from latent_sft.models.sharding import whole
 from latent_sft.models.stage1 import Stage1Model
+from latent_sft.models.thoughts import Thoughts
 
 
 def solve(
@@ -23,18 +24,25 @@ def solve(
     *,
     batch_size: int,
     max_cot_tokens: int,
+    thoughts: Thoughts | None = None,
+    soft: Soft | None = None,
+    latents: Sequence[Superposition | Tensor] | None = None,
     sampling: Sampling | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Decoded]:
     """Decode every row.
 
     Args:
-        thinker: `none` (No-CoT), `explicit`, `latent`, or `gold` (latents from the encoder, which sees the gold CoT).
+        thinker: `none` (No-CoT), `explicit`, `latent`, `gold` (latents from the encoder, which sees the gold CoT),
+            `continuous` (hidden states are fed back) or `soft` (Soft Thinking).
         model: causal LM; for `gold` a Stage1Model.
         spec: settings.
         rows: tokenised rows.
         batch_size: rows decoded together.
-        max_cot_tokens: cap of explicit CoT.
+        max_cot_tokens: cap of explicit CoT, and of Soft Thinking.
+        thoughts: for `continuous`.
+        soft: for `soft`.
+        latents: fed in place of any thinking, see `generate`; not for `gold`, which makes its own.
         sampling: None is greedy.
         progress: called with the number of rows just finished.
     """
@@ -44,10 +52,17 @@ def solve(
         assert isinstance(model, Stage1Model)
         latents = list(gold_latents(model, rows, batch_size))
         return generate(model.decoder, spec, prompts, thinker="latent", latents=latents, **options)
-    if thinker == "latent":
-        return generate(model, spec, prompts, thinker="latent", **options)
-    cap = 0 if thinker == "none" else max_cot_tokens
-    return generate(model, spec, prompts, thinker="explicit", max_cot_tokens=cap, **options)
+    return generate(
+        model,
+        spec,
+        prompts,
+        thinker="explicit" if thinker == "none" else thinker,
+        max_cot_tokens=0 if thinker == "none" else max_cot_tokens,
+        thoughts=thoughts,
+        soft=soft,
+        latents=latents,
+        **options,
+    )
 
 
 @torch.inference_mode()

@@ -38,12 +38,14 @@ class ThinkState(NamedTuple):
         num_steps: `[B]` latents (or explicit tokens, delimiter included while it is being written) so far.
         num_answer: `[B]` answer tokens so far, EOS included.
         recent: `[B, E]` the last E explicit tokens, for matching the delimiter.
+        cold: `[B]` steps in a row that were sure of their token (Soft Thinking).
     """
 
     phase: Tensor
     num_steps: Tensor
     num_answer: Tensor
     recent: Tensor
+    cold: Tensor
 
 
 class Script(NamedTuple):
@@ -62,12 +64,12 @@ def start(batch_size: int, spec: LatentSpec, device: torch.device, phase: int = 
     """Return the state after the prompt (or, in the answer phase, after a `</think>` that was part of the prefix)."""
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     recent = torch.full((batch_size, len(spec.end_think_ids)), -1, dtype=torch.long, device=device)
-    return ThinkState(zeros + phase, zeros, zeros, recent)
+    return ThinkState(zeros + phase, zeros, zeros, recent, zeros)
 
 
-def script_of(spec: LatentSpec, device: torch.device) -> Script:
-    """Return the constants for `latent_step` and `explicit_step`."""
-    one = torch.zeros(spec.top_k, device=device)
+def script_of(spec: LatentSpec, device: torch.device, kept: int | None = None) -> Script:
+    """Return the constants of the steps; `kept` is K, that of the spec by default."""
+    one = torch.zeros(kept or spec.top_k, device=device)
     one[0] = 1.0
     return Script(torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device), one)
 
@@ -119,7 +121,7 @@ def latent_step(
         stops = stops & (state.num_steps >= spec.min_latents)
     thinking = state.phase == THINK
     continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
-    token, after = _plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
+    token, after = plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
     here = continues[:, None]
     fed = Superposition(torch.where(here, latent.ids, token[:, None]), torch.where(here, latent.weights, script.one))
     return fed, after
@@ -154,7 +156,7 @@ def explicit_step(
         answers = largest(logits, 1)[1][:, 0]
     thinking = state.phase == THINK
     continues = thinking & (state.num_steps < max_tokens)
-    forced, after = _plain_step(thinking, continues, state, spec, script, answers)
+    forced, after = plain_step(thinking, continues, state, spec, script, answers)
     token = torch.where(continues, answers, forced)
     recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)  # of no use once the row has stopped thinking
     complete = continues & (recent == script.tokens[:answer]).all(-1)
@@ -165,7 +167,39 @@ def explicit_step(
     return Superposition(token[:, None], script.one[:1].expand(len(token), 1)), after
 
 
-def _plain_step(
+def thought_step(
+    logits: Tensor,
+    state: ThinkState,
+    spec: LatentSpec,
+    script: Script,
+    num_latents: int,
+    answers: Tensor | None = None,
+) -> tuple[Superposition, Tensor, ThinkState]:
+    """Choose what every row is fed next when thoughts are hidden states: always so many, whatever the model would say.
+
+    Args:
+        logits: `[B, V]` of the hidden states that become thoughts.
+        state: see ThinkState.
+        spec: settings; its limits on latents do not count here.
+        script: see `script_of`.
+        num_latents: M.
+        answers: `[B]` the token each row would write if it is answering; None is the argmax.
+
+    Returns:
+        The next input `[B, top_k]`; which rows are fed their hidden state instead `[B]` (for them the first is what the
+        thought says: the softmax over its top-k logits); the next state.
+    """
+    kept, ids = largest(logits, spec.top_k)
+    said = weighted(kept, ids, spec.decode_temperature)
+    thinking = state.phase == THINK
+    continues = thinking & (state.num_steps < num_latents)
+    token, after = plain_step(thinking, continues, state, spec, script, ids[:, 0] if answers is None else answers)
+    here = continues[:, None]
+    fed = Superposition(torch.where(here, said.ids, token[:, None]), torch.where(here, said.weights, script.one))
+    return fed, continues, after
+
+
+def plain_step(
     thinking: Tensor, continues: Tensor, state: ThinkState, spec: LatentSpec, script: Script, answers: Tensor
 ) -> tuple[Tensor, ThinkState]:
     """Return the token `[B]` of every row that does not think on (the delimiter, or the answer) and the next state."""
@@ -177,4 +211,4 @@ def _plain_step(
     if answer > 1:
         moves = moves | ((state.phase > THINK) & (state.phase < answer))
     phase = state.phase + (moves | (thinking & ~continues))
-    return token, ThinkState(phase, state.num_steps + continues, num_answer, state.recent)
+    return token, state._replace(phase=phase, num_steps=state.num_steps + continues, num_answer=num_answer)

@@ -169,3 +169,28 @@ class ThoughtSpec:
     def sequential(self) -> bool:
         """Whether every latent sees the final ones before it, which T >= M comes to."""
         return self.iterations >= self.num_latents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Soft:
+    """How a model trained on written CoT thinks in mixtures of tokens (Soft Thinking, arXiv 2505.15778), untrained.
+
+    Attributes:
+        temperature: of the token distribution.
+        top_k: tokens of a mixture at most; 1 is greedy decoding.
+        top_p: the fewest tokens with this mass of the distribution.
+        min_p: tokens below this share of the likeliest one are left out.
+        cold_stop_entropy: nats; 0 never stops.
+        cold_stop_steps: thinking is ended at so many steps in a row below that entropy.
+        noise_scale: multiplier of Gumbel noise on the logarithms of the weights (arXiv 2508.03440); 0 none.
+        noise_temperature: of the softmax after that noise.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 10
+    top_p: float = 0.95
+    min_p: float = 0.0
+    cold_stop_entropy: float = 0.01
+    cold_stop_steps: int = 256
+    noise_scale: float = 0.0
+    noise_temperature: float = 0.5

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from latent_sft.errors import ConfigError
-from latent_sft.method.attention import Tracks, induction_tracks, softcapped, supervision_tracks, tracked_attention
+from latent_sft.method.attention import Tracks, induction_tracks, supervision_tracks, tracked_attention
 from latent_sft.method.layout import Kind
 from latent_sft.method.masks import induction_mask, supervision_mask, to_additive
 from latent_sft.models.backbone import check_window, core, hidden_states
+from latent_sft.models.plain_attention import plain_attention, refuse_sinks
 
 TWO_TRACK = "latent_sft_two_track"
 BACKENDS = ("auto", "two_track", "flex", "dense")
@@ -42,19 +42,10 @@ def _forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface; without `tracks` (decoding) it is plain SDPA."""
-    if others.get("s_aux") is not None or others.get("position_bias") is not None:
-        raise ConfigError(
-            f"stage1.attention: {type(module).__name__} adds sinks or biases to its scores, which two_track does not "
-            "have; set stage1.attention=dense."
-        )
-    if tracks is not None:
-        out = tracked_attention(query, key, value, tracks, scaling, dropout, softcap)
-    elif softcap is not None:
-        out = softcapped(query, key, value, attention_mask, scaling, dropout, softcap)
-    else:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+    refuse_sinks(module, others, "stage1.attention: {name}, which two_track does not have; set stage1.attention=dense.")
+    if tracks is None:
+        return plain_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, others)
+    out = tracked_attention(query, key, value, tracks, scaling, dropout, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

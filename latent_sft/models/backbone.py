@@ -63,13 +63,15 @@ def hidden_states(
     return out.last_hidden_state
 
 
-def check_window(lm: nn.Module, length: int) -> None:
+def check_window(
+    lm: nn.Module, length: int, what: str = "stage-1", why: str = "The induction and supervision masks need"
+) -> None:
     """Refuse structured attention over positions further apart than the model's sliding window: it would run wrong."""
     window = getattr(lm.config, "sliding_window", None)
     layers = getattr(lm.config, "layer_types", None)
     slides = window is not None and (layers is None or "sliding_attention" in layers)
     if slides and length > window:
         raise ConfigError(
-            f"model: sliding-window attention of {window} with a stage-1 sequence of {length} tokens. The induction "
-            "and supervision masks need full attention. Use shorter CoTs (data.max_cot_tokens) or another model."
+            f"model: sliding-window attention of {window} with a {what} sequence of {length} tokens. {why} full "
+            "attention. Use shorter CoTs (data.max_cot_tokens) or another model."
         )

@@ -7,8 +7,6 @@ take a chunk of logits at a time (`latent_sft.method.losses`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -17,23 +15,8 @@ from latent_sft.errors import ConfigError
 from latent_sft.method.losses import LinearHead, chunk_rows, linear_nll, mapped_nll
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import core, embed, hidden_states
+from latent_sft.models.logits import head, head_scalars
 from latent_sft.models.sharding import call_with, is_partitioned, replaced_forward, whole
-
-
-def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the map from hidden states `[M, D]` to logits `[M, V]`, with the family's scaling and soft-capping."""
-    output = core(model).get_output_embeddings()
-    scale, cap = _scalars(model)
-
-    def logits(hidden: Tensor) -> Tensor:
-        out = output(hidden)
-        if scale != 1.0:
-            out = out * scale
-        if cap is not None:
-            out = torch.tanh(out / cap) * cap
-        return out
-
-    return logits
 
 
 def ce_total(model: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -76,7 +59,7 @@ def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weigh
         Scalar, nats, float32 (float64 stays).
     """
     output = core(model).get_output_embeddings()
-    scale, cap = _scalars(model)
+    scale, cap = head_scalars(model)
 
     def fused(hidden: Tensor) -> Tensor:
         return linear_nll(hidden, LinearHead(output.weight, output.bias, scale, cap), ids, alpha, weights)
@@ -124,12 +107,3 @@ def check_head(model: nn.Module) -> None:
             f"model: {type(lm).__name__} computes its logits in a way this version does not know (difference "
             f"{(own - ours).abs().max().item():.3g}). Please report the model type {lm.config.model_type!r}."
         )
-
-
-def _scalars(model: nn.Module) -> tuple[float, float | None]:
-    """Return the factor on the logits and their soft-cap (None: no cap), from the configuration."""
-    config = core(model).config
-    divide = getattr(config, "logits_scaling", None)
-    times = getattr(config, "logit_scale", None)
-    scale = (1.0 if times is None else times) / (1.0 if divide is None else divide)
-    return scale, getattr(config, "final_logit_softcapping", None)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from latent_sft.errors import ConfigError
 from latent_sft.method.attention import softcapped
 from latent_sft.models.backbone import core, hidden_states
+from latent_sft.models.plain_attention import plain_attention, refuse_sinks
 
 PACKED = "latent_sft_packed"
 
@@ -37,18 +37,9 @@ def _forward(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface; without `rows` (decoding) it is plain SDPA."""
-    if others.get("s_aux") is not None or others.get("position_bias") is not None:
-        raise ConfigError(
-            f"packing: {type(module).__name__} adds sinks or biases to its scores, which packed attention does not "
-            "have; set packing=false."
-        )
+    refuse_sinks(module, others, "packing: {name}, which packed attention does not have; set packing=false.")
     if rows is None:
-        if softcap is not None:
-            out = softcapped(query, key, value, attention_mask, scaling, dropout, softcap)
-            return out.transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        return plain_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, others)
     slots, place = rows
     padded = [states[0][:, slots].transpose(0, 1) for states in (query, key, value)]  # [B, H, T, d]
     mask = None

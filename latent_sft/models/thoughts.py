@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_sft.method.types import ThoughtSpec
+from latent_sft.models.sharding import call_with
 
 THOUGHTS_FILE = "thoughts.safetensors"
 
@@ -44,10 +45,19 @@ class Thoughts(nn.Module):
                 nn.Linear(inner or size, size, **like),
                 nn.LayerNorm(size, **like),
             )
+        # what a method does not use would be a parameter without gradient
+        self.placeholder.requires_grad_(not spec.sequential)
+        self.projection.requires_grad_(spec.iterations > 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the next input `[..., D]` of last hidden states `[..., D]` (after the final norm)."""
         return self.projection(hidden)
+
+
+def placeholders(thoughts: Thoughts, batch: int) -> Tensor:
+    """Return the inputs `[B, M, D]` before the first iteration, also where ZeRO-3 shares the parameter out."""
+    shape = (batch, thoughts.spec.num_latents, -1)
+    return call_with(thoughts, lambda: thoughts.placeholder.expand(shape).clone())
 
 
 def save_thoughts(thoughts: Thoughts, folder: Path) -> None:

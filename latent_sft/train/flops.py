@@ -32,7 +32,7 @@ def peak_of(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK.items() if name in device_name), None)
 
 
-def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
     """Return the operations of one forward and backward pass, a float64 scalar on the batch's device.
 
     A weight costs a multiplication and an addition a token forward, the same again for the gradient of its input
@@ -43,7 +43,12 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Args:
         model: `ExplicitModel`, `Stage1Model` or `Stage2Model`, not wrapped.
         batch: what its forward takes.
+
+    Returns:
+        None for a model that thinks in hidden states: what its passes have to do is not counted.
     """
+    if hasattr(model, "thoughts"):
+        return None
     if not hasattr(model, "encoder"):
         labels = len(batch["target_index"]) + len(batch.get("kl_index", ()))
         return _body(model.lm, _rows(batch), back=True) + _head(model.lm, labels)

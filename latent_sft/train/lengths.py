@@ -14,8 +14,8 @@ from latent_sft.train.sampler import Lengths
 
 def explicit_lengths(data: Any, spec: LatentSpec, *, with_cot: bool) -> Lengths:
     """Lengths of `[P, C, E, A]`, without C for No-CoT."""
-    cot = _count(data, "cot") if with_cot else 0
-    return _single(_count(data, "prompt") + cot + len(spec.end_think_ids) + _count(data, "answer"))
+    cot = count_tokens(data, "cot") if with_cot else 0
+    return _single(count_tokens(data, "prompt") + cot + len(spec.end_think_ids) + count_tokens(data, "answer"))
 
 
 def stage1_lengths(data: Any, spec: LatentSpec) -> Lengths:
@@ -28,16 +28,16 @@ def stage1_lengths(data: Any, spec: LatentSpec) -> Lengths:
     latents = torch.tensor([len(s) for s in segments])
     chunks = torch.tensor([sum(length > 1 for length in s[1:]) for s in segments])
     chunk = torch.tensor([max((length - 1 for length in s[1:]), default=0) for s in segments])
-    prompt = _count(data, "prompt")
-    main = prompt + latents + len(spec.end_think_ids) + _count(data, "answer") - 1
-    parts = torch.stack([main, chunks, chunk, prompt + _count(data, "cot"), latents], dim=1)
+    prompt = count_tokens(data, "prompt")
+    main = prompt + latents + len(spec.end_think_ids) + count_tokens(data, "answer") - 1
+    parts = torch.stack([main, chunks, chunk, prompt + count_tokens(data, "cot"), latents], dim=1)
     return Lengths(parts, _stage1_width)
 
 
 def stage2_lengths(data: Any, spec: LatentSpec) -> Lengths:
     """Lengths of `[P, z_1..z_N, E, A]`."""
-    latents = _count(data, "segment_lengths")
-    return _single(_count(data, "prompt") + latents + len(spec.end_think_ids) + _count(data, "answer"))
+    latents = count_tokens(data, "segment_lengths")
+    return _single(count_tokens(data, "prompt") + latents + len(spec.end_think_ids) + count_tokens(data, "answer"))
 
 
 def _stage1_width(parts: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ def _single(lengths: Tensor) -> Lengths:
     return Lengths(lengths[:, None], lambda parts: parts[..., 0])
 
 
-def _count(data: Any, column: str) -> Tensor:
+def count_tokens(data: Any, column: str) -> Tensor:
+    """Return `[E]`: how many tokens every example has in a column of lists."""
     # counted in Arrow: a large data set is never turned into Python lists here
     lists = data.with_format("arrow")[:][column]
     return torch.from_numpy(pc.list_value_length(lists).to_numpy().copy()).long()

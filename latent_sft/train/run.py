@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
 from latent_sft.train import zero
 from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.train.curriculum import ForgetMoments, Staged, numbered
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
 from latent_sft.train.interruption import Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
@@ -90,6 +92,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
     check_rows(len(work.data["train"]), train, name, processes().num_processes)
     sampler = _sampler(train, name, work)
+    train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
     if train.packing:
         use_packing(model.lm)
@@ -105,15 +108,16 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
     if config.stage1.noise_scale and isinstance(model, Stage1Model):
         callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
+    if name == "coconut" and config.coconut.reset_optimizer:
+        callbacks.append(ForgetMoments(config.coconut))
     trainer = LatentTrainer(
         model=model,
         args=_arguments(train, step.directory, config, deepspeed),
-        train_dataset=work.data["train"],
+        train_dataset=train_rows,
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
         callbacks=callbacks,
-        ce_weight=train.ce_weight,
-        kl_weight=train.kl_weight,
+        weights=stage.weights(config),
         end_id=work.spec.end_think_ids[0],
         evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
         sampler=sampler,
@@ -158,9 +162,16 @@ def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSamp
     # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
     data, seed = work.data["train"], work.config.seed
     per_step = train.accumulation * processes().num_processes
-    if not train.max_tokens:
-        return LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
-    return TokenBatchSampler(STAGES[name].lengths(data, work.spec), train.max_tokens, per_step, seed, SECTIONS[name])
+    sampler: LengthBucketSampler | TokenBatchSampler
+    if train.max_tokens:
+        lengths = STAGES[name].lengths(data, work)
+        sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, SECTIONS[name])
+    else:
+        sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
+    if name == "coconut":
+        total = train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
+        sampler.number = numbered(len(data), total, work.config.coconut, seed)
+    return sampler
 
 
 def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None) -> TrainingArguments:

@@ -17,6 +17,7 @@ from latent_sft.errors import ConfigError
 
 POOL = 50  # batches sorted together: wide enough for little padding, narrow enough to stay random
 SLICES = 50  # slices of a data set sorted by length; batches are drawn within one
+Number = Callable[[int, int], int]  # (optimizer step, example) -> what is yielded for it
 BATCHES_PER_SLICE = 4  # at least, so that in a small data set, too, an example meets others than its neighbours
 
 
@@ -42,10 +43,14 @@ class LengthBucketSampler(Sampler[int]):
         lengths: tokens of each example.
         batch_size: examples of a global batch.
         seed: of the experiment.
+
+    Attributes:
+        number: what is yielded instead of an example's number, for a curriculum.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths = torch.as_tensor(lengths)
+        self.number: Number | None = None
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -54,9 +59,13 @@ class LengthBucketSampler(Sampler[int]):
         """Choose the epoch whose order is yielded next."""
         self.epoch = epoch
 
+    def steps_per_epoch(self) -> int:
+        """Return the optimizer steps of an epoch."""
+        return -(-len(self) // self.batch_size)
+
     def examples_until(self, step: int) -> int:
         """Return how many examples the first `step` optimizer steps hold."""
-        epochs, rest = divmod(step, -(-len(self) // self.batch_size))
+        epochs, rest = divmod(step, self.steps_per_epoch())
         return epochs * len(self) + rest * self.batch_size
 
     def __len__(self) -> int:
@@ -71,8 +80,9 @@ class LengthBucketSampler(Sampler[int]):
         # the short last batch stays last, so that every other batch is full
         full = len(batches) - (len(batches[-1]) < self.batch_size)
         shuffled = torch.randperm(full, generator=generator).tolist()
-        for number in [*shuffled, *range(full, len(batches))]:
-            yield from batches[number].tolist()
+        first = self.epoch * self.steps_per_epoch()
+        for step, number in enumerate([*shuffled, *range(full, len(batches))], first):
+            yield from _numbered(batches[number].tolist(), step, self.number)
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -90,6 +100,9 @@ class TokenBatchSampler(Sampler[list[int]]):
         per_step: micro-batches of an optimizer step: accumulation x processes.
         seed: of the experiment.
         section: of the configuration these settings stand in, for errors.
+
+    Attributes:
+        number: what is yielded instead of an example's number, for a curriculum.
 
     Raises:
         ConfigError: an example is longer than `max_tokens`, or there are fewer examples than `per_step`.
@@ -109,6 +122,7 @@ class TokenBatchSampler(Sampler[list[int]]):
                 f"are only {len(alone)} training examples; lower it."
             )
         self.per_step, self.seed, self.epoch = per_step, seed, 0
+        self.number: Number | None = None
         num_slices = max(1, min(SLICES, int(alone.sum()) // (BATCHES_PER_SLICE * max_tokens)))
         slices = alone.argsort(stable=True).tensor_split(num_slices)
         longest = torch.stack([lengths.parts[part].amax(0) for part in slices])
@@ -122,9 +136,13 @@ class TokenBatchSampler(Sampler[list[int]]):
         """Choose the epoch whose batches are yielded next."""
         self.epoch = epoch
 
+    def steps_per_epoch(self) -> int:
+        """Return the optimizer steps of an epoch."""
+        return len(self) // self.per_step
+
     def examples_until(self, step: int) -> int:
         """Return how many examples the first `step` optimizer steps hold."""
-        epochs, rest = divmod(step, len(self) // self.per_step)
+        epochs, rest = divmod(step, self.steps_per_epoch())
         in_epoch = [len(batch) for batch in islice(self._batches(epochs), rest * self.per_step)]
         return epochs * sum(len(batch) for batch in self._batches(0)) + sum(in_epoch)
 
@@ -132,7 +150,9 @@ class TokenBatchSampler(Sampler[list[int]]):
         return len(self.sizes) // self.per_step * self.per_step
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._batches(self.epoch)
+        first = self.epoch * self.steps_per_epoch()
+        for at, batch in enumerate(self._batches(self.epoch)):
+            yield _numbered(batch, first + at // self.per_step, self.number)
 
     def _batches(self, epoch: int) -> Iterator[list[int]]:
         generator = _generator(self.seed, epoch)
@@ -141,6 +161,10 @@ class TokenBatchSampler(Sampler[list[int]]):
         batches = order.split(self.sizes)
         for number in torch.randperm(len(batches), generator=generator)[: len(self)].tolist():
             yield batches[number].tolist()
+
+
+def _numbered(examples: list[int], step: int, number: Number | None) -> list[int]:
+    return examples if number is None else [number(step, example) for example in examples]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

@@ -16,21 +16,27 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from latent_sft.config.schema import TrainConfig
+from latent_sft.config.schema import Config, SelfDistillConfig, TrainConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
+from latent_sft.data.thought_batches import coconut_batch, distill_batch
 from latent_sft.evaluation.answers import is_correct
 from latent_sft.inference.encode import ADAPTERS_FILE, MARKER_FILE, load_stage1, phase_start, shared_start
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
-from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import head_table, input_table
+from latent_sft.method.types import Superposition, ThoughtSpec
+from latent_sft.models.backbone import core, embed, head_table, input_table
+from latent_sft.models.coconut import CoconutModel
 from latent_sft.models.explicit import ExplicitModel
 from latent_sft.models.load import add_lora, load_lm, merged, save_lm
+from latent_sft.models.self_distill import SelfDistillModel
+from latent_sft.models.sharding import whole
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
+from latent_sft.models.thoughts import Thoughts, save_thoughts
 from latent_sft.train.lengths import explicit_lengths, stage1_lengths, stage2_lengths
 from latent_sft.train.sampler import Lengths
+from latent_sft.train.thought_lengths import coconut_lengths, distill_lengths
 from latent_sft.workspace import Workspace
 
 __all__ = ["STAGES", "Stage", "load_stage1", "validation_metrics"]
@@ -46,17 +52,19 @@ class Stage:
         thinker: how validation problems are solved (see `inference.solve`).
         build: workspace -> module whose forward returns loss sums, ready to train.
         collate: workspace, settings -> rows to batch.
-        lengths: training set, spec -> padded lengths, for batches of a number of tokens.
+        lengths: training set, workspace -> padded lengths, for batches of a number of tokens.
         lm: module -> what `solve` takes.
+        weights: configuration -> weight of each loss term, in the order of the batch's `counts`.
         save: writes the final folder(s).
     """
 
     thinker: str
     build: Callable[[Workspace], nn.Module]
     collate: Callable[[Workspace, TrainConfig], Collate]
-    lengths: Callable[[Any, LatentSpec], Lengths]
+    lengths: Callable[[Any, Workspace], Lengths]
     lm: Callable[[Any], nn.Module]
     save: Callable[[Any, Workspace, Path], None]
+    weights: Callable[[Config], dict[str, float]]
 
 
 def _trainable(lm: nn.Module, work: Workspace) -> nn.Module:
@@ -139,6 +147,82 @@ def _collate_stage2(work: Workspace, train: TrainConfig) -> Collate:
     return partial(stage2_batch, spec=work.spec, label_of=store.get, normalisation=train.normalisation)
 
 
+def _build_distill(work: Workspace, *, name: str) -> nn.Module:
+    settings: SelfDistillConfig = getattr(work.config, name)
+    lm = _started(work, name)
+    thoughts = _thoughts(lm, work, _thought_spec(settings), dropout=settings.projection_dropout)
+    return SelfDistillModel(_trainable(lm, work), thoughts, work.spec, settings)
+
+
+def _build_coconut(work: Workspace) -> nn.Module:
+    count = work.config.coconut.num_latents
+    lm = _started(work, "coconut")
+    thoughts = _thoughts(lm, work, ThoughtSpec(num_latents=count, iterations=count))
+    return CoconutModel(_trainable(lm, work), thoughts, work.spec)
+
+
+def _started(work: Workspace, name: str) -> nn.Module:
+    source = work.source_of(name)
+    return load_lm(work.base if source is None else source.final, work.config.model)
+
+
+def _thoughts(lm: nn.Module, work: Workspace, spec: ThoughtSpec, dropout: float = 0.0) -> Thoughts:
+    table = core(lm).get_input_embeddings()
+    with whole(table.parameters()):
+        start = embed(lm, torch.tensor(work.spec.think_ids[-1], device=table.weight.device))
+    thoughts = Thoughts(spec, start, dropout=dropout)
+    # one latent after another never reads it, and data parallelism waits for the gradient of every parameter
+    thoughts.placeholder.requires_grad_(not spec.sequential)
+    return thoughts
+
+
+def _collate_distill(work: Workspace, train: TrainConfig, *, name: str) -> Collate:
+    settings: SelfDistillConfig = getattr(work.config, name)
+    return partial(
+        distill_batch,
+        spec=work.spec,
+        thought_spec=_thought_spec(settings),
+        normalisation=train.normalisation,
+        drop_last_step=settings.drop_last_step,
+        kv=settings.kv,
+    )
+
+
+def _collate_coconut(work: Workspace, train: TrainConfig) -> Collate:
+    return partial(coconut_batch, spec=work.spec, config=work.config.coconut, normalisation=train.normalisation)
+
+
+def _distill_lengths(data: Any, work: Workspace, *, name: str) -> Lengths:
+    settings: SelfDistillConfig = getattr(work.config, name)
+    return distill_lengths(data, work.spec, _thought_spec(settings))
+
+
+def _thought_spec(settings: SelfDistillConfig) -> ThoughtSpec:
+    return ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations, projection=settings.projection)
+
+
+def _distill_weights(config: Config, *, name: str) -> dict[str, float]:
+    settings: SelfDistillConfig = getattr(config, name)
+    return {
+        "ce": settings.train.ce_weight,
+        "teacher_ce": settings.teacher_weight,
+        "hidden": settings.hidden_weight,
+        "kv": settings.kv.weight,
+    }
+
+
+def _ce_and_kl(config: Config, *, name: str) -> dict[str, float]:
+    train = config.stage(name)
+    return {"ce": train.ce_weight, "kl": train.kl_weight}
+
+
+def _save_thoughts(model: Any, work: Workspace, folder: Path) -> None:
+    save_lm(merged(model.lm), folder, work.tokenizer)
+    save_thoughts(model.thoughts, folder)
+    spec = model.thoughts.spec
+    work.save_spec(folder, *(("continuous", spec) if spec.num_latents else ("explicit",)))
+
+
 def _save_lm(model: Any, work: Workspace, folder: Path, *, thinker: str) -> None:
     save_lm(merged(model.lm), folder, work.tokenizer)
     work.save_spec(folder, thinker)
@@ -153,26 +237,29 @@ STAGES: dict[str, Stage] = {
         thinker="none",
         build=_build_explicit,
         collate=partial(_collate_explicit, with_cot=False),
-        lengths=partial(explicit_lengths, with_cot=False),
+        lengths=lambda data, work: explicit_lengths(data, work.spec, with_cot=False),
         lm=_inner_lm,
         save=partial(_save_lm, thinker="none"),
+        weights=partial(_ce_and_kl, name="no-cot"),
     ),
     "cot": Stage(
         thinker="explicit",
         build=_build_explicit,
         collate=partial(_collate_explicit, with_cot=True),
-        lengths=partial(explicit_lengths, with_cot=True),
+        lengths=lambda data, work: explicit_lengths(data, work.spec, with_cot=True),
         lm=_inner_lm,
         save=partial(_save_lm, thinker="explicit"),
+        weights=partial(_ce_and_kl, name="cot"),
     ),
     **{
         phase: Stage(
             thinker="gold",
             build=partial(_build_stage1, phase=phase),
             collate=_collate_decoder if phase == "stage1-decoder" else _collate_stage1,
-            lengths=stage1_lengths,
+            lengths=lambda data, work: stage1_lengths(data, work.spec),
             lm=lambda model: model,
             save=_save_stage1,
+            weights=partial(_ce_and_kl, name=phase),
         )
         for phase in ("stage1-encoder", "stage1-decoder", "stage1-union")
     },
@@ -180,23 +267,47 @@ STAGES: dict[str, Stage] = {
         thinker="latent",
         build=_build_stage2,
         collate=_collate_stage2,
-        lengths=stage2_lengths,
+        lengths=lambda data, work: stage2_lengths(data, work.spec),
         lm=_inner_lm,
         save=partial(_save_lm, thinker="latent"),
+        weights=partial(_ce_and_kl, name="stage2"),
     ),
+    "coconut": Stage(
+        thinker="continuous",
+        build=_build_coconut,
+        collate=_collate_coconut,
+        lengths=lambda data, work: coconut_lengths(data, work.spec, work.config.coconut),
+        lm=_inner_lm,
+        save=_save_thoughts,
+        weights=lambda config: {"ce": config.coconut.train.ce_weight},
+    ),
+    **{
+        name: Stage(
+            thinker="continuous",
+            build=partial(_build_distill, name=name),
+            collate=partial(_collate_distill, name=name),
+            lengths=partial(_distill_lengths, name=name),
+            lm=_inner_lm,
+            save=_save_thoughts,
+            weights=partial(_distill_weights, name=name),
+        )
+        for name in ("codi", "pccot", "kava")
+    },
 }
 
 
 def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return accuracy, mean reasoning steps and, where there are latents, their entropy and share of `</think>`."""
     settings = work.config.eval
+    thoughts = getattr(model, "thoughts", None)
     decoded = solve(
-        stage.thinker,
+        "explicit" if thoughts is not None and not thoughts.spec.num_latents else stage.thinker,
         stage.lm(model),
         work.spec,
         rows,
         batch_size=settings.batch_size,
         max_cot_tokens=settings.max_cot_tokens,
+        thoughts=thoughts,
     )
     right = [
         is_correct(work.tokenizer.decode(d.answer_ids, skip_special_tokens=True), row["reference"], settings.grader)

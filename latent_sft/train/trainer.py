@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable
@@ -32,16 +34,16 @@ log = logging.getLogger(__name__)
 
 
 class LatentTrainer(ResumableTrainer):
-    """Trainer for modules that return `ce_total` and, in stage 2, `kl_total`.
+    """Trainer for modules that return sums of loss terms, as `<name>_total`.
 
-        loss = ce_weight * sum(ce) / count_ce + kl_weight * sum(kl) / count_kl
+        loss = sum over terms of weight * total / count
 
-    Both sums and both counts run over the global batch: all processes and all accumulated micro-batches. So batch
-    shape, padding and world size do not change the loss.
+    Sums and counts run over the global batch: all processes and all accumulated micro-batches. So batch shape, padding
+    and world size do not change the loss. A module may leave terms out, and return what describes them as `observed`:
+    name -> (sum, count), whose quotients are logged.
 
     Args:
-        ce_weight: weight of the cross-entropy.
-        kl_weight: weight of the KL.
+        weights: name -> weight of the terms, in the order of the batch's `counts`.
         end_id: first token of `</think>`, for the collapse diagnostics.
         evaluate_with: model -> metrics on validation (answers decoded), without prefix.
         sampler: order of the training set.
@@ -50,8 +52,7 @@ class LatentTrainer(ResumableTrainer):
     def __init__(
         self,
         *args: Any,
-        ce_weight: float,
-        kl_weight: float,
+        weights: dict[str, float],
         end_id: int,
         evaluate_with: Callable[[torch.nn.Module], Metrics],
         sampler: LengthBucketSampler | TokenBatchSampler,
@@ -59,7 +60,7 @@ class LatentTrainer(ResumableTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided by the global counts
-        self.ce_weight, self.kl_weight, self.end_id = ce_weight, kl_weight, end_id
+        self.weights, self.end_id = weights, end_id
         self.evaluate_with, self.sampler = evaluate_with, sampler
         self.add_callback(EpochOrder(sampler))
         self.peak = device_peak()
@@ -69,7 +70,7 @@ class LatentTrainer(ResumableTrainer):
         self._since, self._logged_step, self._warned = time.monotonic(), 0, False
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Return `[2]`: denominators of cross-entropy and KL over the global batch."""
+        """Return the denominators of the terms over the global batch."""
         self._losses, self._ids = [], [batch.pop("row_ids") for batch in batch_samples]
         if not batch_samples:
             return None
@@ -88,11 +89,14 @@ class LatentTrainer(ResumableTrainer):
         """Return this micro-batch's share of the global loss (times world size, since gradients are averaged)."""
         counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
         out = model(**inputs)
-        parts = {"loss_ce": out["ce_total"] / counts[0]}
-        loss = self.ce_weight * parts["loss_ce"]
-        if "kl_total" in out:
-            parts["loss_kl"] = out["kl_total"] / counts[1]
-            loss = loss + self.kl_weight * parts["loss_kl"]
+        # a global batch may have nothing that a term is about; its sum is 0 then
+        parts = {
+            f"loss_{name}": out[f"{name}_total"] / counts[i].clamp(min=1)
+            for i, name in enumerate(self.weights)
+            if f"{name}_total" in out
+        }
+        terms = [self.weights[name.removeprefix("loss_")] * part for name, part in parts.items()]
+        loss = functools.reduce(operator.add, terms)
         self._observe(inputs, out, parts)
         self._losses.append(loss.detach())
         loss = loss * self.args.world_size
@@ -118,7 +122,7 @@ class LatentTrainer(ResumableTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _observe(self, inputs: dict[str, Tensor], out: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    def _observe(self, inputs: dict[str, Tensor], out: dict[str, Any], parts: dict[str, Tensor]) -> None:
         # sums stay tensors: reading them here would stop the device at every step
         real = (inputs["kind"] > 0).sum()
         sums = {
@@ -126,8 +130,11 @@ class LatentTrainer(ResumableTrainer):
             "tokens": real,
             "slots": torch.tensor(inputs["kind"].numel()),
         }
-        if self.peak is not None:
-            sums["flops"] = step_flops(self.accelerator.unwrap_model(self.model), inputs)
+        flops = None if self.peak is None else step_flops(self.accelerator.unwrap_model(self.model), inputs)
+        if flops is not None:
+            sums["flops"] = flops
+        for name, (total, count) in out.get("observed", {}).items():
+            sums[f"sum_{name}"], sums[f"count_{name}"] = total, count
         if "latent_ids" in out:
             mask = inputs["latent_mask"]
             latent = Superposition(out["latent_ids"], out["latent_weights"])
@@ -146,13 +153,15 @@ class LatentTrainer(ResumableTrainer):
                 stacked = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.args.device)
                 sums = dict(zip(sums, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
             steps, now = self.state.global_step - self._logged_step, time.monotonic()
-            for name in ("loss_ce", "loss_kl"):
-                if name in sums:
+            for name in sums:
+                if name.startswith("loss_"):
                     logs[name] = sums[name] / steps
+                elif name.startswith("sum_") and sums[f"count_{name[4:]}"]:
+                    logs[name[4:]] = sums[name] / sums[f"count_{name[4:]}"]
             seconds = max(now - self._since, 1e-9)
             logs["tokens_per_second"] = sums["tokens"] / seconds
             logs["padding_share"] = 1 - sums["tokens"] / sums["slots"]
-            if self.peak is not None:
+            if self.peak is not None and "flops" in sums:
                 logs["mfu"] = sums["flops"] / (seconds * self.peak * self.args.world_size)
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

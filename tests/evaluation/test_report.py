@@ -33,6 +33,15 @@ def result(model, split):
         },
     }
     problem = {"id": "t-0", "sample": 0, "prediction": "10", "extracted": "10", "reference": "10", "correct": True}
+    if model != "no-cot" and split == "test":
+        given = {"accuracy": ACCURACY[model], "accuracy_se": 0.004, "difference": 0.0, "difference_ci": [0.0, 0.0]}
+        zero = {
+            "accuracy": 0.1,
+            "accuracy_se": 0.01,
+            "difference": 0.1 - ACCURACY[model],
+            "difference_ci": [-0.95, -0.85],
+        }
+        summary |= {"interventions": {"given": given, "zero": zero}, "gold_recall": 0.75, "gold_recall_chance": 0.5}
     if model in ("stage1", "latent-sft"):
         summary |= {
             "latent_steps_mean": STEPS[model],
@@ -100,7 +109,8 @@ def test_html_is_one_well_formed_file_that_loads_nothing(html):
     assert page.open == []
     assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert "script" not in page.tags and "link" not in page.tags and "url(" not in html
-    assert len(page.sources) == 2 + 2  # accuracy, by steps, and two stages
+    # accuracy against steps and passes, by difficulty, after interventions, and two stages
+    assert len(page.sources) == 4 + 2
     assert "A &lt;fake&gt; run" in html and "&lt;script&gt;alert(1)" in html and "fake &lt;run&gt;" in html
 
 
@@ -127,6 +137,8 @@ def test_json_and_markdown_hold_the_same_numbers(run_dir):
         "| latent-sft | test | 98.2 ± 0.4 | 1,000 | 12.1 | 1.0 | 15.1 | 100.0 | 0.0123 | 9 min 50 s | 144,000 |"
         in markdown
     )
+    assert "| latent-sft | test | 98.2 | 10.0 (-88.2 [-95.0, -85.0]) | 75.0 | 50.0 |" in markdown
+    assert "| no-cot | test | 3" not in markdown.partition("Is the reasoning used?")[2]  # it has none
     assert "reconstructed" in markdown and "ECR@10" in markdown
     assert (run_dir / "report" / "accuracy_vs_steps.png").read_bytes().startswith(b"\x89PNG")
 
@@ -141,6 +153,18 @@ def test_stage1_from_the_base_does_not_cost_cot(tmp_path):
     (tmp_path / "config.yaml").write_text("stage1: {init: cot}")
     assert [r["train_seconds"] for r in read_run(tmp_path).results] == [5.0, 10.0]
     assert [r["examples_seen"] for r in read_run(tmp_path).results] == [None, None]
+
+
+def test_each_method_that_starts_from_cot_costs_it(tmp_path):
+    for model, stage in (("kava", "kava"), ("coconut", "coconut"), ("soft-thinking", "cot")):
+        (tmp_path / "eval" / model).mkdir(parents=True)
+        content = {"model": model, "split": "test", "summary": SMALL}
+        (tmp_path / "eval" / model / "test.json").write_text(json.dumps(content))
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "manifest.json").write_text('{"status": "finished", "train_seconds": 5.0}')
+    (tmp_path / "config.yaml").write_text("kava: {init: base}\ncoconut: {init: cot}")
+    found = [(r["model"], r["train_seconds"]) for r in read_run(tmp_path).results]
+    assert found == [("soft-thinking", 5.0), ("coconut", 10.0), ("kava", 5.0)]
 
 
 def test_a_run_with_one_explicit_model_only(tmp_path):
@@ -183,7 +207,7 @@ def test_labels_of_near_points_do_not_overlap():
         {"model": m, "split": "test", "accuracy": a, "accuracy_se": 0.01, "reasoning_steps_mean": 12.0}
         for m, a in (("a", 0.99), ("b", 0.985), ("c", 0.98), ("d", 0.4))
     ]
-    figure = plots.accuracy_against_steps(rows)
+    figure = plots.accuracy_against(rows)
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 4
@@ -192,7 +216,7 @@ def test_labels_of_near_points_do_not_overlap():
 
 def test_figures_are_reproducible():
     rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "reasoning_steps_mean": 3.0}]
-    first, second = (plots.to_bytes(plots.accuracy_against_steps(rows), "svg") for _ in range(2))
+    first, second = (plots.to_bytes(plots.accuracy_against(rows), "svg") for _ in range(2))
     assert first == second
     assert plots.training_curves({"train/learning_rate": [(1, 0.1)]}) is None
     assert plots.accuracy_by_cot_steps(rows) is None

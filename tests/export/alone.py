@@ -44,12 +44,14 @@ for side in ("left", "right"):
     inputs = padded(request["prompts"], side)
     output = plain.generate(**inputs, custom_generate=folder, trust_remote_code=True, return_latents=True)
     ids, sequences = inputs["input_ids"].tolist(), output.sequences.tolist()
-    results[side] = {"inputs": ids, "sequences": sequences, "latents": latents(output)}
+    embeds = None if output.latent_embeds is None else output.latent_embeds.tolist()
+    results[side] = {"inputs": ids, "sequences": sequences, "latents": latents(output), "embeds": embeds}
     results[f"{side}, loaded with trust"] = trusting.generate(**inputs).tolist()
 one = torch.tensor([request["prompts"][0]])
 results["positional"] = trusting.generate(one).tolist()
 results["closed"] = trusting.generate(one[:, : -request["delimiter"]]).tolist()
-results["limits"] = trusting.generate(one, min_latents=3, max_latents=3, max_new_tokens=1).tolist()
+limits = {} if request["continuous"] else {"min_latents": 3, "max_latents": 3}
+results["limits"] = trusting.generate(one, **limits, max_new_tokens=1).tolist()
 results["both ways"] = trusting.generate(one, custom_generate=folder, trust_remote_code=True).tolist()
 
 
@@ -58,7 +60,7 @@ def noisy(seed):
     return latents(trusting.generate(one, min_latents=4, noise_scale=1.0, return_latents=True))
 
 
-results["noise"] = [noisy(0), noisy(0), noisy(1)]
+results["noise"] = None if request["continuous"] else [noisy(0), noisy(0), noisy(1)]
 
 
 def sampled(seed):

@@ -51,11 +51,13 @@ def test_renamed_and_whole_module_imports_mean_the_same(package: Path, monkeypat
 
 
 def test_what_is_not_reached_is_left_out(package: Path) -> None:
-    write(package, "base", "import json\nimport os\n\nA = os.sep\n\n\ndef unused():\n    return json.dumps(A)\n")
+    unused = "def unused():\n    return json.dumps(A)\n\n\ndef heavy():\n    import deepspeed\n    return deepspeed\n"
+    write(package, "base", f"import json\nimport os\n\nA = os.sep\n\n\n{unused}")
     write(package, "main", "from demo_pkg.base import A\n\n\ndef f():\n    return A\n")
     source, _ = bundle("demo_pkg.main", "f", values={})
     assert "unused" not in source
     assert "import json" not in source
+    assert "deepspeed" not in source
     assert "import os" in source
 
 
@@ -63,7 +65,7 @@ def test_what_is_not_reached_is_left_out(package: Path) -> None:
     ("text", "message"),
     [
         ("if True:\n    A = 1\n", r"demo_pkg\.base:1: only definitions"),
-        ("def f():\n    import os\n    return os\n\nA = 1\n", r"demo_pkg\.base:2: only definitions"),
+        ("def f():\n    import os\n    return os\n\nA = f()\n", r"demo_pkg\.base:2: only definitions"),
     ],
 )
 def test_what_cannot_be_copied_is_refused(package: Path, text: str, message: str) -> None:

@@ -60,7 +60,13 @@ def results(
     card = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     assert len(card) == 2
     card[0] = card[0].replace('problem = "..."', f"problem = {problems[0]!r}")
-    request = {"prompts": prompts, "delimiter": len(spec.think_ids), "refused": REFUSED, "card": card}
+    request = {
+        "prompts": prompts,
+        "delimiter": len(spec.think_ids),
+        "refused": REFUSED,
+        "card": card,
+        "continuous": False,
+    }
     (work / "request.json").write_text(json.dumps(request))
     run = subprocess.run(
         [sys.executable, "-I", Path(__file__).with_name("alone.py"), folder, work / "request.json"],

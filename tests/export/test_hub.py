@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
@@ -24,8 +25,9 @@ from latent_sft import cli
 from latent_sft.errors import ExportError
 from latent_sft.export.checkpoint import export_checkpoint
 from latent_sft.export.hub import push
-from latent_sft.inference.generate import generate
-from latent_sft.method.types import LatentSpec
+from latent_sft.inference.generate import Decoded, generate
+from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.models.thoughts import load_thoughts
 
 TOKEN = "hf_secretsecretsecretsecret"
 COMMIT = "0" * 40
@@ -221,10 +223,8 @@ print(json.dumps([trusting.generate(ids).tolist(), output.tolist()]))
 """
 
 
-@pytest.mark.usefixtures("client")
-def test_an_uploaded_repository_runs_from_its_name(hub: Hub, folder: Path, spec: LatentSpec, tmp_path: Path) -> None:
-    push(folder, "me/model")
-    prompt = [7, 5, *spec.think_ids]
+def run_from_the_hub(hub: Hub, prompt: list[int], tmp_path: Path) -> list[list[list[int]]]:
+    """Return what FROM_THE_HUB prints, in a process of its own with an empty cache."""
     run = subprocess.run(
         [sys.executable, "-I", "-c", FROM_THE_HUB, json.dumps([prompt])],
         cwd=tmp_path,
@@ -242,9 +242,35 @@ def test_an_uploaded_repository_runs_from_its_name(hub: Hub, folder: Path, spec:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def sequence_of(prompt: list[int], row: Decoded, spec: LatentSpec) -> list[int]:
+    return [*prompt, *spec.end_think_ids, *row.answer_ids, *([spec.eos_id] if row.finished else [])]
+
+
+@pytest.mark.usefixtures("client")
+def test_an_uploaded_repository_runs_from_its_name(hub: Hub, folder: Path, spec: LatentSpec, tmp_path: Path) -> None:
+    push(folder, "me/model")
+    prompt = [7, 5, *spec.think_ids]
+    found = run_from_the_hub(hub, prompt, tmp_path)
     row = generate(AutoModelForCausalLM.from_pretrained(folder), spec, [prompt], thinker="latent")[0]
-    sequence = [*prompt, *spec.end_think_ids, *row.answer_ids, *([spec.eos_id] if row.finished else [])]
-    assert json.loads(run.stdout.splitlines()[-1]) == [[sequence], [sequence]]
+    assert found == [[sequence_of(prompt, row, spec)]] * 2
+
+
+@pytest.mark.usefixtures("client")
+def test_thoughts_in_hidden_states_come_from_the_hub_too(
+    hub: Hub, thinking: dict[str, Path], spec: LatentSpec, tmp_path: Path
+) -> None:
+    folder = export_checkpoint(thinking["kava"], tmp_path / "export")
+    push(folder, "me/model")
+    prompt = [7, 5, *spec.think_ids]
+    found = run_from_the_hub(hub, prompt, tmp_path)
+    how = ThoughtSpec(num_latents=5, iterations=2, projection=True)
+    thoughts = load_thoughts(folder / "thoughts.safetensors", how, torch.float32, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    row = generate(model, spec, [prompt], thinker="continuous", thoughts=thoughts)[0]
+    assert found == [[sequence_of(prompt, row, spec)]] * 2
 
 
 @pytest.mark.usefixtures("client")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latent_sft.errors import ConfigError
-from latent_sft.inference.cache import SlotCache, Windows, prompt_mask, repacked
+from latent_sft.inference.cache import Reading, SlotCache, Windows, prompt_mask, repacked
 
 CPU = torch.device("cpu")
 
@@ -24,9 +24,9 @@ def prompts_and_steps(static: bool) -> tuple[SlotCache, list[tuple[Tensor, Tenso
     """Prompts of 3 columns in slots 2 and 0 of 3, then two steps of all slots."""
     cache = SlotCache(3, 8, static, CPU)
     cache.move_to(4)
-    cache.prompts = (torch.tensor([2, 0]), 3)
+    cache.reading = Reading(torch.tensor([2, 0]), 1, 1)
     given = [cache.update(states(2, 3, 1.0), -states(2, 3, 1.0), 0)]
-    cache.prompts = None
+    cache.reading = None
     for step in range(2):
         given.append(cache.update(states(3, 1, 10.0 + step), -states(3, 1, 10.0 + step), 0))
         cache.move_to(cache.column + 1)
@@ -46,6 +46,23 @@ def test_prompts_go_left_of_the_column_and_steps_to_it(static: bool) -> None:
     assert cache.keys[0][:, 0, :, 1].tolist() == expected
     assert torch.equal(cache.values[0], -cache.keys[0])
     assert cache.get_seq_length() == 6 and cache.column_index.tolist() == [6]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_latents_are_read_over_those_of_the_pass_before(static: bool) -> None:
+    """A prompt in columns 1 and 2 of slots 2 and 0, two latents in 3 and 4, twice; the second pass sees the first's
+    columns no more."""
+    cache = SlotCache(3, 8, static, CPU)
+    slots = torch.tensor([2, 0])
+    cache.reading = Reading(slots, 1, 1)
+    cache.update(states(2, 4, 1.0), -states(2, 4, 1.0), 0)
+    for first in (20.0, 30.0):
+        cache.reading = Reading(slots, 1, 3)
+        keys, values = cache.update(states(2, 2, first), -states(2, 2, first), 0)
+        assert keys[:, 0, :, 0].tolist() == [[1, 2, first, first + 1], [101, 102, first + 100, first + 101]]
+        assert torch.equal(values, -keys)
+    expected = [[0, 101, 102, 130, 131, 0, 0, 0], [0] * 8, [0, 1, 2, 30, 31, 0, 0, 0]]
+    assert cache.keys[0][:, 0, :, 1].tolist() == expected
 
 
 @pytest.mark.parametrize("capacity", [8, 12])

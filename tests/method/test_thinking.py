@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latent_sft.method.superposition import gumbel
-from latent_sft.method.thinking import THINK, answer_phase, explicit_step, latent_step, script_of, start
+from latent_sft.method.thinking import THINK, answer_phase, explicit_step, latent_step, script_of, start, thought_step
 from latent_sft.method.types import LatentSpec
 
 EOS, END, END2, END3, X, Y, PAD, THINK_ID = range(8)
@@ -248,3 +248,32 @@ def test_noise_of_one_row_does_not_touch_another(drawn: tuple[Tensor, LatentSpec
         assert mine.tokens == other.tokens and mine.phases == other.phases
         for latent, expected in zip(mine.latents, other.latents, strict=True):
             assert latent == pytest.approx(expected)
+
+
+def test_thoughts_are_of_a_fixed_number_whatever_the_model_would_say() -> None:
+    """Two thoughts although the first logits say END; then the delimiter, the answer, and nothing more."""
+    spec = make_spec(min_latents=0, max_latents=1)
+    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    thinks, tokens, phases = [], [], []
+    logits = says(END, X, Y, Y, X, EOS, X)
+    for step, row in enumerate(logits):
+        phases.append(int(state.phase[0]))
+        fed, here, state = thought_step(row[None], state, spec, constants, 2)
+        thinks.append(bool(here[0]))
+        if step < 2:  # what a thought says: the two largest logits are 4 and 2, and the end token is not left out
+            assert fed.ids[0, 0] == row.argmax()
+            assert fed.weights[0, :2].tolist() == pytest.approx([0.8807971, 0.1192029], rel=1e-5)
+        else:
+            assert fed.weights[0, 0] == 1
+            tokens.append(int(fed.ids[0, 0]))
+    assert thinks == [True, True] + [False] * 5
+    assert tokens[:4] == [END, Y, X, EOS]
+    assert phases == [THINK, THINK, THINK, 1, 1, 1, 2]
+    assert (int(state.num_steps[0]), int(state.num_answer[0])) == (2, 3)
+
+
+def test_sampled_answers_after_thoughts() -> None:
+    spec = make_spec()
+    state, constants = start(1, spec, torch.device("cpu"), answer_phase(spec)), script_of(spec, torch.device("cpu"))
+    fed, here, after = thought_step(says(X), state, spec, constants, 2, answers=torch.tensor([Y]))
+    assert int(fed.ids[0, 0]) == Y and not bool(here[0]) and int(after.num_answer[0]) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.zero_job import PHASES, config_of, train_all
+from train.zero_job import PHASES, THOUGHTS, config_of, train_all
 
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.train import zero
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(folder)}:{name}": value for file in files for name, value in load_file(file).items()}
 
 
-CASES = [(f"zero{level}", "one", stage) for level in (1, 2, 3) for stage in (*PHASES, "stage2")]
+CASES = [(f"zero{level}", "one", stage) for level in (1, 2, 3) for stage in (*PHASES, "stage2", *THOUGHTS)]
 
 
 @pytest.mark.parametrize(("run", "reference", "stage"), [*CASES, ("zero3-shared", "shared", "stage1-union")])
@@ -82,7 +82,7 @@ def test_the_final_folder_is_what_was_trained(trained):
     base = load_file(trained / "zero3" / "base" / "final" / "model.safetensors")
     moved = load_file(trained / "zero3" / "stage2" / "final" / "model.safetensors")
     assert any((moved[name] - base[name]).abs().max() > 1e-4 for name in base)
-    for stage in (*PHASES, "stage2"):
+    for stage in (*PHASES, "stage2", *THOUGHTS):
         counts = [json.loads((trained / run / stage / "manifest.json").read_text()) for run in ("one", "zero3")]
         assert counts[0]["parameters"] == counts[1]["parameters"] > 0
         assert counts[0]["trained_parameters"] == counts[1]["trained_parameters"]

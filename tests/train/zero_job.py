@@ -21,6 +21,7 @@ from latent_sft.inference.label import make_labels
 from latent_sft.train.run import train_stage
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
+THOUGHTS = ("kava", "coconut")
 # stage 1 as two adapters on one model, with recomputed activations; ZeRO-3 cuts up every one of its parameters
 SHARED = [
     "model.lora.rank=2",
@@ -72,7 +73,8 @@ def train_all(config: Config, *, kill: bool) -> None:
     make_labels(config)
     if kill:
         killed_at(3, config, "stage2")
-    train_stage(config, "stage2")
+    for stage in ("stage2", *THOUGHTS):
+        train_stage(config, stage)
 
 
 def main(folder: Path) -> None:

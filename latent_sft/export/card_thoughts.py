@@ -1,0 +1,65 @@
+"""What the model card of a model says that thinks in hidden states (Coconut, CODI, PCCoT, KaVa)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latent_sft.method.types import LatentSpec, ThoughtSpec
+
+METHODS = {
+    "coconut": ("Coconut", "2412.06769", "Training Large Language Models to Reason in a Continuous Latent Space"),
+    "codi": ("CODI", "2502.21074", "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation"),
+    "pccot": ("PCCoT", "2506.18582", "Parallel Continuous Chain-of-Thought with Jacobi Iteration"),
+    "kava": ("KaVa", "2510.02312", "KaVa: Latent Reasoning via Compressed KV-Cache Distillation"),
+}
+"""Stage -> name, arXiv number and title."""
+
+ARGUMENTS = "`do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
+
+
+def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
+    """Return what the model is and how it thinks; `origin` is ` from BASE` or empty."""
+    known = METHODS.get(name)
+    trained = f"trained with {known[0]} ([arXiv {known[1]}](https://arxiv.org/abs/{known[1]}))" if known else "trained"
+    count = thoughts.num_latents
+    if thoughts.iterations == 0:
+        how = f"reads {count} pause tokens, one trained embedding fed {count} times, in the pass that reads the prompt."
+    else:
+        through = " through a small network" if thoughts.projection else ""
+        how = f"thinks in {count} latents: hidden states of its last layer, fed back{through} as input embeddings, "
+        times = "once" if thoughts.iterations == 1 else f"{thoughts.iterations} times"
+        how += "one after another." if thoughts.sequential else f"all at once, {times} over (Jacobi iterations)."
+    weights = (
+        "`thoughts.safetensors` holds the weights of that; `custom_generate/generate.py` reads it beside the model."
+    )
+    return f"A reasoner {trained}{origin}.\nBefore it answers it {how}\n{weights}"
+
+
+def settings(thoughts: ThoughtSpec) -> list[tuple[str, Any]]:
+    """Return rows of the table of settings."""
+    passes = f"{thoughts.num_latents}, one after another" if thoughts.sequential else thoughts.iterations
+    return [
+        ("latents", thoughts.num_latents),
+        ("passes over the latents", passes),
+        ("hidden states pass a projection", "yes" if thoughts.projection else "no"),
+    ]
+
+
+def limitations(spec: LatentSpec, thoughts: ThoughtSpec) -> str:
+    """Return a list of them."""
+    return (
+        "- The latents are hidden states. The tokens that are shown for them are what the LM head makes of these: a "
+        "view, no written argument, and not what is fed back.\n"
+        "- Trained on problems like those named above; nothing is claimed about others.\n"
+        f"- It always thinks in {thoughts.num_latents} latents; answers end after {spec.max_answer_tokens} tokens.\n"
+        "- Beam search, several sequences per prompt and other servers than `transformers` are not supported by the "
+        "enclosed code."
+    )
+
+
+def citation(name: str) -> str:
+    """Return title and number of the paper."""
+    known = METHODS.get(name)
+    if known is None:
+        return "The method is not recorded with this checkpoint."
+    return f"The method: {known[2]}, [arXiv {known[1]}](https://arxiv.org/abs/{known[1]})."

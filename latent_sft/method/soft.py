@@ -1,0 +1,119 @@
+"""Soft Thinking (arXiv 2505.15778): a model that learned to write its CoT is fed mixtures of tokens instead.
+
+A step of thinking is explicit thinking (see `thinking.explicit_step`) but for what is fed: the likeliest tokens,
+weighted by their probabilities. When thinking ends is decided on the likeliest token without noise, as if it had been
+written. The published code knows delimiters of one token only and stops at that token. A delimiter of several is
+followed here: a token that goes on spelling it is fed as itself and not as a mixture, and thinking ends when all of it
+was spelled; where the model turns away half-way, thinking goes on in mixtures. So with mixtures of one token every
+delimiter ends thinking exactly where it does in explicit decoding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from latent_sft.method.superposition import largest, perturb
+from latent_sft.method.thinking import THINK, Script, ThinkState, answer_phase, plain_step
+from latent_sft.method.types import LatentSpec, Soft, Superposition
+
+
+def soft_step(
+    logits: Tensor,
+    state: ThinkState,
+    spec: LatentSpec,
+    script: Script,
+    soft: Soft,
+    max_tokens: int,
+    answers: Tensor | None = None,
+    draws: Tensor | None = None,
+) -> tuple[Superposition, ThinkState]:
+    """Choose what every row is fed next.
+
+    Thinking ends where the delimiter is spelled, at `max_tokens`, and by cold stop: when the entropy was below the
+    threshold for so many steps in a row, the delimiter is fed in place of the last of them. An EOS as the likeliest
+    token ends the row without an answer.
+
+    Args:
+        logits: `[B, V]`.
+        state: see ThinkState.
+        spec: settings.
+        script: see `script_of`, for K tokens.
+        soft: settings of the mixtures.
+        max_tokens: cap on thinking.
+        answers: `[B]` the token each row would write if it is answering; None is the argmax.
+        draws: `[R, B, K]` Gumbel noise, or None for no noise.
+
+    Returns:
+        The next input `[B, K]` and the next state.
+    """
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / soft.temperature
+    total = scaled.logsumexp(-1, keepdim=True)
+    mixture = mixture_of(logits, total, soft, len(script.one))
+    top = mixture.ids[:, 0]
+    thinking = state.phase == THINK
+    continues = thinking & (state.num_steps < max_tokens)
+    cold = state.cold
+    if soft.cold_stop_entropy > 0:
+        nats = torch.special.entr((scaled - total).exp()).sum(-1)
+        cold = torch.where(nats < soft.cold_stop_entropy, cold + 1, 0)
+        continues = continues & (cold < soft.cold_stop_steps)
+    if draws is not None:
+        mixture = _noisy(mixture, draws, soft, spec.end_think_ids[0])
+    answer = answer_phase(spec)
+    delimiter = script.tokens[:answer]
+    forced, after = plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
+    token = torch.where(continues, top, forced)
+    recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)
+    complete = continues & (recent == delimiter).all(-1)
+    phase = torch.where(continues & (token == spec.eos_id), answer + 1, after.phase)
+    after = after._replace(
+        num_steps=after.num_steps - complete * answer,
+        phase=torch.where(complete, answer, phase),
+        recent=recent,
+        cold=cold,
+    )
+    mixed = (continues & ~_spells(recent, delimiter))[:, None]
+    fed = Superposition(
+        torch.where(mixed, mixture.ids, token[:, None]), torch.where(mixed, mixture.weights, script.one)
+    )
+    return fed, after
+
+
+def mixture_of(logits: Tensor, total: Tensor, soft: Soft, kept: int) -> Superposition:
+    """Return the tokens of the nucleus, at most `kept`, with their probabilities; weight 0 where a token is left out.
+
+    Args:
+        logits: `[B, V]`.
+        total: `[B, 1]` logsumexp of the logits over the temperature.
+        soft: settings.
+        kept: K.
+
+    Returns:
+        Ids `[B, K]`, likeliest first, and weights `[B, K]` that sum to one.
+    """
+    values, ids = largest(logits, kept)
+    shares = (values.to(total.dtype) / soft.temperature - total).exp()
+    inside = shares.cumsum(-1) - shares < soft.top_p  # the token that crosses the mass stays
+    inside = inside & (shares >= soft.min_p * shares[:, :1])
+    weights = torch.where(inside, shares, 0)
+    return Superposition(ids, weights / weights.sum(-1, keepdim=True))
+
+
+def _noisy(mixture: Superposition, draws: Tensor, soft: Soft, end_id: int) -> Superposition:
+    """Return the mixture with noise on its weights; tokens that were left out stay so."""
+    anywhere = (-math.inf, math.inf)
+    noisy = perturb(
+        mixture, draws, scale=soft.noise_scale, temperature=soft.noise_temperature, clip=anywhere, end_id=end_id
+    )
+    weights = torch.where(mixture.weights > 0, noisy.weights, 0)
+    return Superposition(mixture.ids, weights / weights.sum(-1, keepdim=True))
+
+
+def _spells(recent: Tensor, delimiter: Tensor) -> Tensor:
+    """Return `[B]` whether the last of the tokens `[B, E]` make up a beginning of the delimiter `[E]`."""
+    length = len(delimiter)
+    found = [(recent[:, length - n :] == delimiter[:n]).all(-1) for n in range(1, length + 1)]
+    return torch.stack(found).any(0)
