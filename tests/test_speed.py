@@ -88,9 +88,7 @@ def test_floor_by_hand():
     text = 3 + 5
     encoder_pairs = text * (text + 1) // 2 + (3 + 2 + 1) + (3 + 4 + 1) + (3 + 5 + 1)
     main = 3 + 3 + 3 + 2 - 1
-    decoder_pairs = (
-        main * (main + 1) // 2 + 2
-    )  # one token of the chunk of 2, none of that of 1
+    decoder_pairs = main * (main + 1) // 2 + 2  # one token of the chunk of 2, none of that of 1
     blocks = 2 * 34 * (text + 3 + main + 1) + 4 * 2 * (encoder_pairs + decoder_pairs)
     head = 2 * 2 * 50 * (3 + 5)  # S_2, S_3, `</think>` and the answer
     assert floor.of_case(case) == 3 * (blocks + head) + 2 * 2 * 50 * 3

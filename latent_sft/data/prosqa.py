@@ -44,9 +44,7 @@ class _Graph:
     reached: list[int]
 
 
-def generate_problem(
-    rng: random.Random, *, min_steps: int, max_steps: int, num_nodes: int = NUM_NODES
-) -> GraphProblem:
+def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_nodes: int = NUM_NODES) -> GraphProblem:
     """Draw a problem whose shortest path has `min_steps` to `max_steps` edges.
 
     The question's entity is the root with the deepest leaf that only it reaches; that leaf is the answer. The wrong

@@ -7,6 +7,9 @@ L = the distinct tokens its thoughts name: for latents the kept top-k of each, f
     gold_recall_chance   the same with the G of another problem (without this prompt's tokens too): operators are in
                          every CoT, and thoughts that name many tokens hit some by chance
 
+    gold_recall_top1, gold_recall_top1_chance    the same with the likeliest token of each latent alone; where the
+                         vocabulary is small, the top-k of several latents soon name all of it
+
 Their difference is what the thoughts say about *this* problem. What a latent holds in a form that the LM head does not
 read (as hidden states may) is not seen by it.
 """
@@ -18,46 +21,55 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from latent_sft.evaluation.intervals import derangement
+from latent_sft.method.metrics import largest
+from latent_sft.method.types import Superposition
 
 if TYPE_CHECKING:
     from latent_sft.inference.generate import Decoded
 
 
 def agreement(decoded: Sequence[Decoded], rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, float]:
-    """Return `gold_recall` and, with two problems or more, `gold_recall_chance`; nothing where there are no thoughts.
+    """Return the four numbers; no chance level for one problem alone, nothing at all where there are no thoughts.
 
     Args:
         decoded: one sample a problem.
         rows: the problems (`prompt`, `cot`); those without a CoT token of their own, or without thoughts, are left out.
         seed: of the exchange of CoTs.
     """
-    named = [said(sample) for sample in decoded]
-    new = [set(row["cot"]) - set(row["prompt"]) for row in rows]
-    own = [_share(gold, tokens) for gold, tokens in zip(new, named, strict=True)]
-    used = [i for i, share in enumerate(own) if share is not None and named[i]]
-    if not used:
-        return {}
-    found = {"gold_recall": _mean([own[i] for i in used])}
-    if len(used) > 1:
-        others = [used[j] for j in derangement(len(used), seed)]
-        shares = [_share(new[j] - set(rows[i]["prompt"]), named[i]) for i, j in zip(used, others, strict=True)]
-        if any(share is not None for share in shares):
-            found["gold_recall_chance"] = _mean(shares)
-    return found
+    found = {}
+    for suffix, top in (("", None), ("_top1", 1)):
+        recall, chance = _recall([said(sample, top) for sample in decoded], rows, seed)
+        found |= {f"gold_recall{suffix}": recall, f"gold_recall{suffix}_chance": chance}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def said(sample: Decoded) -> set[int]:
-    """Return the tokens that a sample's thoughts name; entries of weight 0 are not named."""
+def said(sample: Decoded, top: int | None = None) -> set[int]:
+    """Return the tokens that a sample's thoughts name, of each latent the `top` first; weight 0 names nothing."""
     if sample.latent_ids is None:
         return set(sample.thought_ids)
     assert sample.latent_weights is not None
-    return set(sample.latent_ids[sample.latent_weights > 0].tolist())
+    latents = Superposition(sample.latent_ids, sample.latent_weights)
+    if top is not None and len(latents.ids):
+        latents = largest(latents, top)
+    return set(latents.ids[latents.weights > 0].tolist())
+
+
+def _recall(
+    named: Sequence[set[int]], rows: Sequence[Mapping[str, Any]], seed: int
+) -> tuple[float | None, float | None]:
+    new = [set(row["cot"]) - set(row["prompt"]) for row in rows]
+    used = [i for i, gold in enumerate(new) if gold and named[i]]
+    own = _mean([_share(new[i], named[i]) for i in used])
+    if len(used) < 2:
+        return own, None
+    others = [used[j] for j in derangement(len(used), seed)]
+    return own, _mean([_share(new[j] - set(rows[i]["prompt"]), named[i]) for i, j in zip(used, others, strict=True)])
 
 
 def _share(gold: set[int], named: set[int]) -> float | None:
     return len(gold & named) / len(gold) if gold else None
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known)
+    return math.fsum(known) / len(known) if known else None

@@ -37,6 +37,8 @@ MEANS = (
     "examples_seen",
     "gold_recall",
     "gold_recall_chance",
+    "gold_recall_top1",
+    "gold_recall_top1_chance",
 )
 
 

@@ -20,8 +20,9 @@ CAUSAL_NOTE = (
     "The answer was decoded again behind thoughts (latents, or the tokens of an explicit CoT) that were changed: input "
     "embeddings set to `zero`, to their `mean` over all problems, to those of another problem (`shuffle`), or cut to "
     "their first half (`truncate`); in brackets the difference in points, for a single run with its paired bootstrap "
-    "interval of 95 %. A model that does not read its thoughts loses nothing. Gold recall, a measure of ours: of the "
-    "gold CoT's tokens, without those of the prompt, the share that the thoughts name in their top-k; by chance: the "
+    "interval of 95 %. A model that does not read its thoughts loses nothing, but one that always had as many can lose "
+    "by `truncate` because their number is new to it. Gold recall, a measure of ours: of the gold CoT's tokens, but "
+    "not those of the prompt, the share that the thoughts name in their top-k, or in the top-1 of each; by chance: the "
     "same with the CoT of another problem.\n"
 )
 LATENT_NOTE = (

@@ -73,6 +73,8 @@ def intervention_table(results: Sequence[Mapping[str, Any]]) -> Table:
         *((f"{name} %", lambda r, name=name: cell(r, name)) for name in names),
         ("gold recall %", lambda r: percent(r.get("gold_recall"))),
         ("by chance %", lambda r: percent(r.get("gold_recall_chance"))),
+        ("top-1 recall %", lambda r: percent(r.get("gold_recall_top1"))),
+        ("by chance %", lambda r: percent(r.get("gold_recall_top1_chance"))),
     ]
     return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
 

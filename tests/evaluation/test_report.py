@@ -137,7 +137,7 @@ def test_json_and_markdown_hold_the_same_numbers(run_dir):
         "| latent-sft | test | 98.2 ± 0.4 | 1,000 | 12.1 | 1.0 | 15.1 | 100.0 | 0.0123 | 9 min 50 s | 144,000 |"
         in markdown
     )
-    assert "| latent-sft | test | 98.2 | 10.0 (-88.2 [-95.0, -85.0]) | 75.0 | 50.0 |" in markdown
+    assert "| latent-sft | test | 98.2 | 10.0 (-88.2 [-95.0, -85.0]) | 75.0 | 50.0 | – | – |" in markdown
     assert "| no-cot | test | 3" not in markdown.partition("Is the reasoning used?")[2]  # it has none
     assert "reconstructed" in markdown and "ECR@10" in markdown
     assert (run_dir / "report" / "accuracy_vs_steps.png").read_bytes().startswith(b"\x89PNG")
