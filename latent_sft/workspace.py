@@ -177,7 +177,7 @@ class Workspace:
         return {k: settings[k] for k in _ENCODER_SETTINGS}
 
     def save_spec(self, folder: Path, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
-        """Write the spec beside a model, and how it thinks: `latent`, `explicit`, `none`, or `continuous` (with M, T)."""
+        """Write the spec beside a model, and how it thinks: `latent`, `explicit`, `none`, `continuous` (with M, T)."""
         write_json(folder / SPEC_FILE, self.spec.to_dict())
         how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
         write_json(folder / "thinker.json", {"thinker": thinker, **how})
