@@ -18,8 +18,8 @@ SCHEMA = ("schema.py", "training.py", "methods.py")
 
 PREAMBLE = """# Configuration
 
-Every key an experiment can set, with its default. This page is written from `schema.py`, `training.py` and `methods.py` in
-`latent_sft/config/` by `make docs-config`; edit the docstrings there.
+Every key an experiment can set, with its default. This page is written by `make docs-config` from `schema.py`,
+`training.py` and `methods.py` in `latent_sft/config/`; edit the docstrings there.
 
 Values come from three layers, the later ones stronger: these defaults, one YAML file, and `key=value` arguments:
 
