@@ -177,7 +177,9 @@ def test_interrupt_ends_the_job_before_it_returns(tmp_path: Path) -> None:
         "pathlib.Path('ready').touch()\n"
         "time.sleep(60)\n"
     )
-    outer = f"import sys; from latent_sft import launcher; launcher.start([sys.executable, '-c', {inner!r}])"
+    # a shell starts what runs in the background with SIGINT ignored, and children inherit that
+    listens = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    outer = f"{listens}; from latent_sft import launcher; launcher.start([sys.executable, '-c', {inner!r}])"
     with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         wait_for(tmp_path / "ready")
         os.kill(process.pid, signal.SIGINT)

@@ -215,7 +215,7 @@ def test_every_logged_tag_is_documented(tiny_config):
 
     folders = [train_stage(config, "stage1-union").directory]
     make_labels(config)
-    folders.append(train_stage(config, "stage2").directory)
+    folders += [train_stage(config, name).directory for name in ("stage2", "kava", "coconut")]
     tags = set()
     for folder in folders:
         for line in (folder / "metrics.jsonl").read_text().splitlines():
@@ -225,6 +225,7 @@ def test_every_logged_tag_is_documented(tiny_config):
     missing = sorted(tag for tag in tags if f"`{tag}`" not in documented)
     assert not missing, f"docs/metrics.md does not define {missing}"
     assert {"train/loss_ce", "train/loss_kl", "eval/accuracy", "train/latent_entropy", "train/end_share"} <= tags
+    assert {"train/loss_teacher_ce", "train/loss_hidden", "train/loss_kv", "train/kv_short", "train/kv_cosine"} <= tags
 
 
 def test_the_sampler_yields_every_example_once_in_an_order_of_seed_and_epoch():

@@ -13,10 +13,10 @@ from latent_sft.launcher import build_command
 from latent_sft.train.run import train_stage
 
 
-@pytest.mark.parametrize("stage", ["cot", "stage1-union", "stage1-decoder"])
+@pytest.mark.parametrize("stage", ["stage1-union", "stage1-decoder"])
 def test_two_processes_equal_one(tiny_config, tmp_path, stage):
     """Rows; in the decoder phase token batches, four a step, and latents that both processes store."""
-    section = {"cot": "cot", "stage1-union": "stage1.union", "stage1-decoder": "stage1.decoder"}[stage]
+    section = {"stage1-union": "stage1.union", "stage1-decoder": "stage1.decoder"}[stage]
     phases = [f"{phase}.enabled={str(phase == section).lower()}" for phase in ("stage1.encoder", "stage1.decoder")]
     losses, seen, latents = {}, {}, {}
     for name, nproc, batch, accumulation in (("one", 1, 8, 4), ("two", 2, 4, 2)):

@@ -73,7 +73,7 @@ def train_all(config: Config, *, kill: bool) -> None:
     make_labels(config)
     if kill:
         killed_at(3, config, "stage2")
-    for stage in ("stage2", *THOUGHTS):
+    for stage in ("stage2", *(THOUGHTS if config.launch.zero in (0, 3) else ())):
         train_stage(config, stage)
 
 
