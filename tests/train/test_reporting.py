@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import dataclasses
 import json
 import re
 import sys
@@ -69,7 +70,9 @@ def test_what_is_logged_is_what_is_documented_and_goes_to_wandb_too(tiny_config,
     make_labels(config, work)
     folders.append(train_stage(config, "stage2", work).directory)
 
-    logged = {tag for folder in folders for line in tags_of(folder) for tag in line}
+    quiet = dataclasses.replace(config, report_to=())
+    distilled = train_stage(quiet, "kava", work).directory
+    logged = {tag for folder in (*folders, distilled) for line in tags_of(folder) for tag in line}
     documented = set(re.findall(r"^\| `((?:train|eval)/\w+)` \|", PAGE, re.MULTILINE))
     assert logged | ON_GPU == documented
 
