@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import dataclasses
+import fnmatch
 import json
 import re
 import sys
