@@ -94,6 +94,11 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         ) from error
 
 
+def trainable(lm: nn.Module, config: LoraConfig) -> nn.Module:
+    """Return the model with adapters on a frozen base, or (rank 0) as it is, to be trained as a whole."""
+    return add_lora(lm, config) if config.rank else lm
+
+
 def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
     """Return the model wrapped with trainable adapters; the base is frozen.
 

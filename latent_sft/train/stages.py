@@ -16,27 +16,31 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from latent_sft.config.schema import Config, SelfDistillConfig, TrainConfig
+from latent_sft.config.schema import Config, TrainConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
-from latent_sft.data.thought_batches import coconut_batch, distill_batch
 from latent_sft.evaluation.answers import is_correct
 from latent_sft.inference.encode import ADAPTERS_FILE, MARKER_FILE, load_stage1, phase_start, shared_start
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
-from latent_sft.method.types import Superposition, ThoughtSpec
-from latent_sft.models.backbone import core, embed, head_table, input_table
-from latent_sft.models.coconut import CoconutModel
+from latent_sft.method.types import Superposition
+from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.explicit import ExplicitModel
-from latent_sft.models.load import add_lora, load_lm, merged, save_lm
-from latent_sft.models.self_distill import SelfDistillModel
-from latent_sft.models.sharding import whole
+from latent_sft.models.load import load_lm, merged, save_lm, trainable
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
-from latent_sft.models.thoughts import Thoughts, save_thoughts
 from latent_sft.train.lengths import explicit_lengths, stage1_lengths, stage2_lengths
 from latent_sft.train.sampler import Lengths
-from latent_sft.train.thought_lengths import coconut_lengths, distill_lengths
+from latent_sft.train.thought_lengths import coconut_lengths
+from latent_sft.train.thought_stages import (
+    build_coconut,
+    build_distill,
+    collate_coconut,
+    collate_distill,
+    lengths_of_distill,
+    save_with_thoughts,
+    weights_of_distill,
+)
 from latent_sft.workspace import Workspace
 
 __all__ = ["STAGES", "Stage", "load_stage1", "validation_metrics"]
@@ -67,16 +71,12 @@ class Stage:
     weights: Callable[[Config], dict[str, float]]
 
 
-def _trainable(lm: nn.Module, work: Workspace) -> nn.Module:
-    return add_lora(lm, work.config.model.lora) if work.config.model.lora.rank else lm
-
-
 def _frozen(lm: nn.Module) -> nn.Module:
     return lm.requires_grad_(False)
 
 
 def _build_explicit(work: Workspace) -> nn.Module:
-    return ExplicitModel(_trainable(load_lm(work.base, work.config.model), work))
+    return ExplicitModel(trainable(load_lm(work.base, work.config.model), work.config.model.lora))
 
 
 def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
@@ -92,11 +92,11 @@ def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) ->
 def _build_stage1(work: Workspace, *, phase: str) -> nn.Module:
     trains_encoder, trains_decoder = phase != "stage1-decoder", phase != "stage1-encoder"
     if work.config.stage1.share_backbone:
-        model, adapted = shared_start(work, phase), lambda lm, work: lm
+        model, adapted = shared_start(work, phase), lambda lm, lora: lm
     else:
-        model, adapted = phase_start(work, phase), _trainable
-    model.encoder = adapted(model.encoder, work) if trains_encoder else _frozen(model.encoder)
-    model.decoder = adapted(model.decoder, work) if trains_decoder else _frozen(model.decoder)
+        model, adapted = phase_start(work, phase), trainable
+    model.encoder = adapted(model.encoder, work.config.model.lora) if trains_encoder else _frozen(model.encoder)
+    model.decoder = adapted(model.decoder, work.config.model.lora) if trains_decoder else _frozen(model.decoder)
     model.marker.requires_grad_(trains_encoder)
     _freeze_unused_head(model.encoder)
     return model
@@ -137,7 +137,8 @@ def _build_stage2(work: Workspace) -> nn.Module:
     source = work.source_of("stage2")
     assert source is not None  # source_of raises where there is no stage-1 phase
     source.results()
-    return Stage2Model(_trainable(load_lm(source.final / "decoder", work.config.model), work), work.spec)
+    lm = load_lm(source.final / "decoder", work.config.model)
+    return Stage2Model(trainable(lm, work.config.model.lora), work.spec)
 
 
 def _collate_stage2(work: Workspace, train: TrainConfig) -> Collate:
@@ -147,80 +148,9 @@ def _collate_stage2(work: Workspace, train: TrainConfig) -> Collate:
     return partial(stage2_batch, spec=work.spec, label_of=store.get, normalisation=train.normalisation)
 
 
-def _build_distill(work: Workspace, *, name: str) -> nn.Module:
-    settings: SelfDistillConfig = getattr(work.config, name)
-    lm = _started(work, name)
-    thoughts = _thoughts(lm, work, _thought_spec(settings), dropout=settings.projection_dropout)
-    return SelfDistillModel(_trainable(lm, work), thoughts, work.spec, settings)
-
-
-def _build_coconut(work: Workspace) -> nn.Module:
-    count = work.config.coconut.num_latents
-    lm = _started(work, "coconut")
-    thoughts = _thoughts(lm, work, ThoughtSpec(num_latents=count, iterations=count))
-    return CoconutModel(_trainable(lm, work), thoughts, work.spec)
-
-
-def _started(work: Workspace, name: str) -> nn.Module:
-    source = work.source_of(name)
-    return load_lm(work.base if source is None else source.final, work.config.model)
-
-
-def _thoughts(lm: nn.Module, work: Workspace, spec: ThoughtSpec, dropout: float = 0.0) -> Thoughts:
-    table = core(lm).get_input_embeddings()
-    with whole(table.parameters()):
-        start = embed(lm, torch.tensor(work.spec.think_ids[-1], device=table.weight.device))
-    thoughts = Thoughts(spec, start, dropout=dropout)
-    # one latent after another never reads it, and data parallelism waits for the gradient of every parameter
-    thoughts.placeholder.requires_grad_(not spec.sequential)
-    return thoughts
-
-
-def _collate_distill(work: Workspace, train: TrainConfig, *, name: str) -> Collate:
-    settings: SelfDistillConfig = getattr(work.config, name)
-    return partial(
-        distill_batch,
-        spec=work.spec,
-        thought_spec=_thought_spec(settings),
-        normalisation=train.normalisation,
-        drop_last_step=settings.drop_last_step,
-        kv=settings.kv,
-    )
-
-
-def _collate_coconut(work: Workspace, train: TrainConfig) -> Collate:
-    return partial(coconut_batch, spec=work.spec, config=work.config.coconut, normalisation=train.normalisation)
-
-
-def _distill_lengths(data: Any, work: Workspace, *, name: str) -> Lengths:
-    settings: SelfDistillConfig = getattr(work.config, name)
-    return distill_lengths(data, work.spec, _thought_spec(settings))
-
-
-def _thought_spec(settings: SelfDistillConfig) -> ThoughtSpec:
-    return ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations, projection=settings.projection)
-
-
-def _distill_weights(config: Config, *, name: str) -> dict[str, float]:
-    settings: SelfDistillConfig = getattr(config, name)
-    return {
-        "ce": settings.train.ce_weight,
-        "teacher_ce": settings.teacher_weight,
-        "hidden": settings.hidden_weight,
-        "kv": settings.kv.weight,
-    }
-
-
 def _ce_and_kl(config: Config, *, name: str) -> dict[str, float]:
     train = config.stage(name)
     return {"ce": train.ce_weight, "kl": train.kl_weight}
-
-
-def _save_thoughts(model: Any, work: Workspace, folder: Path) -> None:
-    save_lm(merged(model.lm), folder, work.tokenizer)
-    save_thoughts(model.thoughts, folder)
-    spec = model.thoughts.spec
-    work.save_spec(folder, *(("continuous", spec) if spec.num_latents else ("explicit",)))
 
 
 def _save_lm(model: Any, work: Workspace, folder: Path, *, thinker: str) -> None:
@@ -274,22 +204,22 @@ STAGES: dict[str, Stage] = {
     ),
     "coconut": Stage(
         thinker="continuous",
-        build=_build_coconut,
-        collate=_collate_coconut,
+        build=build_coconut,
+        collate=collate_coconut,
         lengths=lambda data, work: coconut_lengths(data, work.spec, work.config.coconut),
         lm=_inner_lm,
-        save=_save_thoughts,
+        save=save_with_thoughts,
         weights=lambda config: {"ce": config.coconut.train.ce_weight},
     ),
     **{
         name: Stage(
             thinker="continuous",
-            build=partial(_build_distill, name=name),
-            collate=partial(_collate_distill, name=name),
-            lengths=partial(_distill_lengths, name=name),
+            build=partial(build_distill, name=name),
+            collate=partial(collate_distill, name=name),
+            lengths=partial(lengths_of_distill, name=name),
             lm=_inner_lm,
-            save=_save_thoughts,
-            weights=partial(_distill_weights, name=name),
+            save=save_with_thoughts,
+            weights=partial(weights_of_distill, name=name),
         )
         for name in ("codi", "pccot", "kava")
     },
