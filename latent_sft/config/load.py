@@ -41,6 +41,21 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     merged = OmegaConf.structured(Config)
     if any(OmegaConf.select(layer, "compat") == "published" for _, layer in layers):
         merged = OmegaConf.merge(merged, PUBLISHED)
+    try:
+        merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
+    except OmegaConfBaseException:
+        _explain(merged, layers)
+        raise
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return _tuples(config)
+
+
+def _explain(merged: Any, layers: list[tuple[str, Any]]) -> None:
+    """Merge layer by layer, which takes far longer than all at once, and raise a ConfigError for the one that fails."""
     for where, layer in layers:
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -49,12 +64,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         except OmegaConfBaseException as error:
             key = error.full_key or _refused_key(layer)
             raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    return _tuples(config)
 
 
 def to_yaml(config: Config) -> str:

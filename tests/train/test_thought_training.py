@@ -21,13 +21,12 @@ def logged(folder: Path, tag: str) -> list[float]:
     ("name", "options"),
     [
         ("kava", ["kava.num_latents=4", "kava.iterations=2"]),
-        ("codi", ["codi.num_latents=2", "codi.iterations=2"]),
         ("coconut", ["coconut.init=base", "coconut.uniform_prob=0.5", "coconut.max_stage=2"]),
     ],
 )
 def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path, name, options):
     """Cut into four micro-batches and with activations computed again."""
-    terms = {"kava": ("ce", "teacher_ce", "hidden", "kv"), "codi": ("ce", "teacher_ce", "hidden"), "coconut": ("ce",)}
+    terms = {"kava": ("ce", "teacher_ce", "hidden", "kv"), "coconut": ("ce",)}
     found = {}
     for way, batch, accumulation, checkpointing in (("whole", 8, 1, "false"), ("cut", 2, 4, "true")):
         config = tiny_config(
