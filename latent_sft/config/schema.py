@@ -61,13 +61,18 @@ class SyntheticConfig:
     min_steps: int = 3
     max_steps: int = 5
     min_nodes: int = 28
-    """prosqa: training graphs have this many nodes to 28, drawn uniformly; those below 28 may have paths of one step.
-    Validation and test graphs always have 28."""
+    """prosqa: training graphs have this many nodes to `max_nodes`, drawn uniformly; those below `max_nodes` may have
+    paths of one step."""
+    max_nodes: int = 28
+    """prosqa: nodes of the largest training graphs and of all validation and test graphs, before those without edges
+    are dropped. 28 resembles the public problems (23 remain); 8 is what a small model can begin to learn from."""
 
     def __post_init__(self) -> None:
         for key in ("num_train", "num_validation", "num_test"):
             need(getattr(self, key) >= 1, f"data.synthetic.{key}", getattr(self, key), "an integer >= 1")
-        need(self.min_nodes >= 5, "data.synthetic.min_nodes", self.min_nodes, "5 to 28")
+        need(5 <= self.max_nodes <= 28, "data.synthetic.max_nodes", self.max_nodes, "5 to 28")
+        smallest = f"5 to max_nodes={self.max_nodes}"
+        need(5 <= self.min_nodes <= self.max_nodes, "data.synthetic.min_nodes", self.min_nodes, smallest)
         need(self.modulus >= 2, "data.synthetic.modulus", self.modulus, "an integer >= 2")
         need(
             1 <= self.min_steps <= self.max_steps,

@@ -13,6 +13,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from latent_sft.errors import ConfigError
+
 NAMES = tuple("Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split())
 CONCEPTS = tuple(
     "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus "
@@ -20,10 +22,10 @@ CONCEPTS = tuple(
     "vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus".split()
 )
 
-NUM_NODES = 28  # before nodes without edges are dropped; 22.8 remain on average
 MEAN_PARENTS = 1.5  # of the Poisson number of edges into a node
 POOLS = (0.35, 0.45, 0.20)  # parents from descendants of root 0 only, of root 1 only, or from all nodes
 DEPTH_WEIGHT = 1.5  # a candidate parent weighs 1 + DEPTH_WEIGHT * depth, which makes chains long
+MAX_GRAPHS = 100_000  # drawn for one problem; full-size graphs with paths of 3 to 6 need two or three
 LONGEST_PATH = 8  # longer shortest paths practically never occur (public file: 3 to 6)
 
 
@@ -44,19 +46,22 @@ class _Graph:
     reached: list[int]
 
 
-def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_nodes: int = NUM_NODES) -> GraphProblem:
+def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_nodes: int) -> GraphProblem:
     """Draw a problem whose shortest path has `min_steps` to `max_steps` edges.
 
     The question's entity is the root with the deepest leaf that only it reaches; that leaf is the answer. The wrong
     option is a leaf that only the other root reaches, so that neither option stands out by itself.
 
+    Raises:
+        ConfigError: hardly a graph of so few nodes has so long a path.
+
     Args:
         rng: source of randomness.
-        min_steps: at most LONGEST_PATH, or this would not end.
+        min_steps: at most LONGEST_PATH.
         max_steps: at least `min_steps`.
         num_nodes: before nodes without edges are dropped; smaller graphs are easier and have shorter paths.
     """
-    while True:
+    for _ in range(MAX_GRAPHS):
         graph = _sample_graph(rng, num_nodes)
         entities = sum(bool(out) and not graph.num_parents[node] for node, out in enumerate(graph.children))
         paths = [_shortest_paths(graph, root) for root in (0, 1)]
@@ -68,6 +73,10 @@ def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_
         wrong = [n for n in leaves[1 - root] if n != 1 - root]
         if wrong and min_steps <= num_steps <= max_steps:
             return _in_words(rng, graph, paths[root][target], rng.choice(wrong))
+    raise ConfigError(
+        f"data.synthetic.min_steps: none of {MAX_GRAPHS:,} graphs of {num_nodes} nodes has a path of {min_steps} to "
+        f"{max_steps} steps; expected fewer steps, or a larger data.synthetic.max_nodes."
+    )
 
 
 def _sample_graph(rng: random.Random, num_nodes: int) -> _Graph:

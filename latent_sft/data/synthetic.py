@@ -84,8 +84,6 @@ def generate(config: SyntheticConfig) -> dict[str, list[Record]]:
         )
     draw = {"modular": _modular, "arithmetic": _arithmetic, "prosqa": _prosqa}[config.task]
     sizes = {"test": config.num_test, "validation": config.num_validation, "train": config.num_train}
-    if config.min_nodes > prosqa.NUM_NODES:
-        raise ConfigError(f"data.synthetic.min_nodes: got {config.min_nodes}, expected at most {prosqa.NUM_NODES}.")
     seen: set[str] = set()
     splits = {split: _distinct(config, split, size, draw, seen) for split, size in sizes.items()}
     return {split: splits[split] for split in ("train", "validation", "test")}
@@ -161,10 +159,10 @@ def _arithmetic_operations(rng: random.Random, value: int) -> list[tuple[str, in
 
 
 def _prosqa(rng: random.Random, config: SyntheticConfig, row_id: str) -> Record:
-    nodes, min_steps = prosqa.NUM_NODES, config.min_steps
+    nodes, min_steps = config.max_nodes, config.min_steps
     if config.min_nodes < nodes and "-train-" in row_id:
         nodes = rng.randint(config.min_nodes, nodes)
-        min_steps = min_steps if nodes == prosqa.NUM_NODES else 1  # small graphs have no long paths
+        min_steps = min_steps if nodes == config.max_nodes else 1  # small graphs have no long paths
     made = prosqa.generate_problem(rng, min_steps=min_steps, max_steps=config.max_steps, num_nodes=nodes)
     return _record(row_id, made.problem, "\n".join(made.steps), made.answer, made.steps)
 

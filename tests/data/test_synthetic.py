@@ -191,7 +191,23 @@ def test_small_prosqa_graphs_are_for_training_only() -> None:
         check_prosqa(record)
 
 
+@pytest.mark.parametrize("key", ["min_nodes", "max_nodes"])
 @pytest.mark.parametrize("nodes", [4, 29])
-def test_graph_sizes_out_of_range_are_refused(nodes: int) -> None:
-    with pytest.raises(ConfigError, match="min_nodes"):
-        generate(SyntheticConfig(task="prosqa", min_nodes=nodes))
+def test_graph_sizes_out_of_range_are_refused(key: str, nodes: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.synthetic\.{key}: got {nodes}, expected 5 to "):
+        SyntheticConfig(task="prosqa", **{key: nodes})
+
+
+def test_all_splits_of_small_prosqa_graphs_are_small() -> None:
+    splits = generate(SyntheticConfig(task="prosqa", min_nodes=6, max_nodes=8, min_steps=2, max_steps=4, **SMALL))
+    for split, records in splits.items():
+        for record in records:
+            check_prosqa(record)
+            words = set(record.problem.replace(".", "").replace("?", "").split())
+            assert len(words & {*prosqa.NAMES, *prosqa.CONCEPTS}) <= 8
+            assert split == "train" or 2 <= len(record.steps) <= 4
+
+
+def test_paths_too_long_for_a_graph_are_refused_instead_of_searched_for_ever() -> None:
+    with pytest.raises(ConfigError, match=r"min_steps: none of 100,000 graphs of 6 nodes has a path of 5 to 8 steps"):
+        generate(SyntheticConfig(task="prosqa", min_nodes=6, max_nodes=6, min_steps=5, max_steps=8, **SMALL))
