@@ -10,8 +10,9 @@ from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import check_window, input_table
-from latent_sft.models.head import check_head, head
+from latent_sft.models.head import check_head
 from latent_sft.models.load import add_lora, initial_marker, merged
+from latent_sft.models.logits import head
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
 

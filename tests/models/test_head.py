@@ -14,7 +14,8 @@ from latent_sft.method.losses import weighted_cross_entropy, weighted_sparse_kl
 from latent_sft.method.superposition import superpose
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import core, embed, hidden_states
-from latent_sft.models.head import ce_total, head, kl_total
+from latent_sft.models.head import ce_total, kl_total
+from latent_sft.models.logits import head
 
 IDS = torch.arange(4, 20).view(2, 8)
 M, K, VOCAB = 16, 3, 40
