@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `eval` is not installed
 
-from eval.speed import bars, floor, measure, memory, plain, stage1, tables
+from eval.speed import bars, floor, kava, measure, memory, plain, stage1, tables
 from eval.speed.__main__ import BEGIN, END, main
 from eval.speed.cases import QUICKSTART, TINY, Case, Size, spec_of
 from eval.speed.cases import Path as Way
@@ -79,6 +79,16 @@ def test_a_wrong_path_is_noticed(part, monkeypatch):
     monkeypatch.setattr(plain, "encoder_inputs", wrong)
     case = next(case for case in QUICK if case.part == part)
     assert not measure.is_same(measure.differences(case, "cpu"))
+
+
+def test_kava_step_gives_what_reading_the_teacher_twice_gives(monkeypatch):
+    case = kava.case_of(8, rows=2, size=TINY)
+    assert kava.difference(case, "cpu") < kava.TOLERANCE
+    assert set(kava.times(case, "cpu", repeats=1)) == set(kava.PATHS)
+    right = kava.settings_of
+    # were the teacher's cross-entropy forgotten where it is read once, the benchmark would not go on
+    monkeypatch.setattr(kava, "settings_of", lambda path: right("published"))
+    assert kava.difference(case, "cpu") > kava.TOLERANCE
 
 
 def test_floor_by_hand():
