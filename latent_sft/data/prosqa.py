@@ -50,7 +50,8 @@ def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_
     """Draw a problem whose shortest path has `min_steps` to `max_steps` edges.
 
     The question's entity is the root with the deepest leaf that only it reaches; that leaf is the answer. The wrong
-    option is a leaf that only the other root reaches, so that neither option stands out by itself.
+    option is a leaf that only the other root reaches, and not in one step if the answer is farther, so that neither
+    option stands out by itself.
 
     Raises:
         ConfigError: hardly a graph of so few nodes has so long a path.
@@ -70,7 +71,8 @@ def generate_problem(rng: random.Random, *, min_steps: int, max_steps: int, num_
         if not ends or entities > len(NAMES):
             continue
         num_steps, _, root, target = max(ends)  # the random number decides between equally deep leaves
-        wrong = [n for n in leaves[1 - root] if n != 1 - root]
+        # an option right behind an entity could be told from one behind a concept without following a chain
+        wrong = [n for n in leaves[1 - root] if n != 1 - root and len(paths[1 - root][n]) > min(2, num_steps)]
         if wrong and min_steps <= num_steps <= max_steps:
             return _in_words(rng, graph, paths[root][target], rng.choice(wrong))
     raise ConfigError(

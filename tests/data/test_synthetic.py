@@ -208,6 +208,16 @@ def test_all_splits_of_small_prosqa_graphs_are_small() -> None:
             assert split == "train" or 2 <= len(record.steps) <= 4
 
 
+@pytest.mark.parametrize("nodes", [7, 28])
+def test_neither_prosqa_option_stands_out_without_following_a_chain(nodes: int) -> None:
+    """Small graphs once had the wrong option right behind the other entity, and a model that never chains was at 95 %."""
+    settings = {"min_nodes": nodes, "max_nodes": nodes, "min_steps": 2, "max_steps": 6}
+    for record in generate(SyntheticConfig(task="prosqa", **settings, **SMALL))["train"]:
+        behind_concepts = {child for parent, child in edges_of(record.problem) if parent in prosqa.CONCEPTS}
+        options = re.search(r"Is \w+ a (\w+) or (\w+)\?$", record.problem).groups()  # type: ignore[union-attr]
+        assert set(options) <= behind_concepts
+
+
 def test_paths_too_long_for_a_graph_are_refused_instead_of_searched_for_ever() -> None:
     with pytest.raises(ConfigError, match=r"min_steps: none of 100,000 graphs of 6 nodes has a path of 5 to 8 steps"):
         generate(SyntheticConfig(task="prosqa", min_nodes=6, max_nodes=6, min_steps=5, max_steps=8, **SMALL))
