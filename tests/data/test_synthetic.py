@@ -210,7 +210,7 @@ def test_all_splits_of_small_prosqa_graphs_are_small() -> None:
 
 @pytest.mark.parametrize("nodes", [7, 28])
 def test_neither_prosqa_option_stands_out_without_following_a_chain(nodes: int) -> None:
-    """Small graphs once had the wrong option right behind the other entity, and a model that never chains was at 95 %."""
+    """Small graphs once had the wrong option right behind the other entity; a model that never chains was at 95 %."""
     settings = {"min_nodes": nodes, "max_nodes": nodes, "min_steps": 2, "max_steps": 6}
     for record in generate(SyntheticConfig(task="prosqa", **settings, **SMALL))["train"]:
         behind_concepts = {child for parent, child in edges_of(record.problem) if parent in prosqa.CONCEPTS}
