@@ -65,7 +65,7 @@ class SyntheticConfig:
     paths of one step."""
     max_nodes: int = 28
     """prosqa: nodes of the largest training graphs and of all validation and test graphs, before those without edges
-    are dropped. 28 resembles the public problems (23 remain); 8 is what a small model can begin to learn from."""
+    are dropped. 28 resembles the public problems (23 remain); fewer make shorter prompts and less to choose from."""
 
     def __post_init__(self) -> None:
         for key in ("num_train", "num_validation", "num_test"):
