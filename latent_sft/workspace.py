@@ -44,7 +44,7 @@ _ENCODER_SETTINGS = (
     "marker_input",
 )
 # settings that say how a stage is watched or run, not what it computes
-_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_every", "save_total_limit")
+_WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit")
 
 
 def processes(timeout_minutes: float = 30.0) -> PartialState:

@@ -419,8 +419,6 @@ class Config:
             self.stage(stage).check(SECTIONS[stage])
         for name in ("codi", "pccot", "kava"):
             getattr(self, name).check(name)
-        packed = [SECTIONS[s] for s in STAGES if s not in ("cot", "no-cot", "stage2") and self.stage(s).packing]
-        need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
         if self.stage1.share_backbone:
             need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
         halves = self.launch.zero and self.model.dtype == "float16"

@@ -54,9 +54,6 @@ class TrainConfig:
     """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
     save_total_limit: int = 2
     """Newest checkpoints that stay, the best one among them."""
-    packing: bool = False
-    """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
-    `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0

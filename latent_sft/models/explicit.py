@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from latent_sft.models.backbone import embed
+from latent_sft.models.backbone import embed, hidden_states
 from latent_sft.models.head import ce_total
-from latent_sft.models.packing import row_states
 
 
 class ExplicitModel(nn.Module):
@@ -18,6 +17,6 @@ class ExplicitModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total`, the weighted sum over labelled positions."""
-        hidden = row_states(self.lm, embed(self.lm, batch["ids"]), batch).flatten(0, 1)
+        hidden = hidden_states(self.lm, embed(self.lm, batch["ids"])).flatten(0, 1)
         labelled = hidden[batch["target_index"]]
         return {"ce_total": ce_total(self.lm, labelled, batch["targets"], batch["target_weights"])}

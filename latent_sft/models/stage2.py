@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from latent_sft.method.layout import Kind
 from latent_sft.method.superposition import with_noise
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import embed, mix_latents
+from latent_sft.models.backbone import embed, hidden_states, mix_latents
 from latent_sft.models.head import ce_total, kl_total
-from latent_sft.models.packing import row_states
 
 
 class Stage2Model(nn.Module):
@@ -29,7 +28,7 @@ class Stage2Model(nn.Module):
         slot = batch["branch"].clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
         placed = mix_latents(self.lm, latent).to(embeds.dtype).gather(1, slot)
         embeds = torch.where((batch["kind"] == Kind.LATENT)[..., None], placed, embeds)
-        hidden = row_states(self.lm, embeds, batch).flatten(0, 1)
+        hidden = hidden_states(self.lm, embeds).flatten(0, 1)
         ce = ce_total(self.lm, hidden[batch["target_index"]], batch["targets"], batch["target_weights"])
         teacher = Superposition(*(part.flatten(0, 1)[batch["kl_latent"]] for part in latent))
         kl = kl_total(self.lm, hidden[batch["kl_index"]], teacher, batch["kl_weights"])

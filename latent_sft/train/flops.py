@@ -51,7 +51,7 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
         return None
     if not hasattr(model, "encoder"):
         labels = len(batch["target_index"]) + len(batch.get("kl_index", ()))
-        return _body(model.lm, _rows(batch), back=True) + _head(model.lm, labels)
+        return _body(model.lm, batch["kind"], back=True) + _head(model.lm, labels)
     learns = model.marker.requires_grad
     # a frozen decoder passes gradients on to the encoder; a frozen encoder has none to pass
     total = _body(model.decoder, batch["kind"], back=True) + _head(model.decoder, len(batch["target_index"]))
@@ -60,14 +60,6 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
         projection = (4 if learns else 2) * _size([head_table(model.decoder)]) * markers
         total = total + _body(model.encoder, batch["encoder_kind"], back=learns) + projection
     return total
-
-
-def _rows(batch: Mapping[str, Tensor]) -> Tensor:
-    # kinds row by row, also of a packed batch
-    if "row_slots" not in batch:
-        return batch["kind"]
-    slots = batch["row_slots"]
-    return torch.where(slots >= 0, batch["kind"][0][slots.clamp(min=0)], Kind.PAD)
 
 
 def _body(lm: nn.Module, kind: Tensor, *, back: bool) -> Tensor:

@@ -22,12 +22,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.config.schema import SECTIONS, Config, TrainConfig
-from latent_sft.data.packing import packed_rows
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
 from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
-from latent_sft.models.packing import use_packing
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
 from latent_sft.train import zero
@@ -94,9 +92,6 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     sampler = _sampler(train, name, work)
     train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
-    if train.packing:
-        use_packing(model.lm)
-        collate = partial(packed_rows, collate=collate)
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
         step.begin(config.seed)

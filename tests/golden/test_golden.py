@@ -30,7 +30,7 @@ def test_one_process(tmp_path):
 
 
 def test_cut_otherwise(tmp_path, monkeypatch):
-    """Four micro-batches, filled with the rows of a step in another order; gradient checkpointing; no padding."""
+    """Four micro-batches, filled with the rows of a step in another order; gradient checkpointing."""
 
     def shuffled(self):
         rows = list(original(self))
@@ -41,17 +41,15 @@ def test_cut_otherwise(tmp_path, monkeypatch):
     original = LengthBucketSampler.__iter__
     monkeypatch.setattr(LengthBucketSampler, "__iter__", shuffled)
     cut = record.of_every_stage("batch_size=2", "accumulation=4", "gradient_checkpointing=true")
-    packed = [f"{section}.packing=true" for section in ("no_cot", "cot", "stage2")]
-    assert_golden(record.trajectories(tmp_path / "run", *cut, *packed))
+    assert_golden(record.trajectories(tmp_path / "run", *cut))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["accumulation", "checkpointing", "packing"])
+@pytest.mark.parametrize("setting", ["accumulation", "checkpointing"])
 def test_each_alone(tmp_path, setting):
     settings = {
         "accumulation": record.of_every_stage("batch_size=1", "accumulation=8"),
         "checkpointing": record.of_every_stage("gradient_checkpointing=true"),
-        "packing": [f"{section}.packing=true" for section in ("no_cot", "cot", "stage2")],
     }
     assert_golden(record.trajectories(tmp_path / "run", *settings[setting]))
 

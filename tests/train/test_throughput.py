@@ -13,7 +13,6 @@ import latent_sft.train.run as run
 import latent_sft.train.trainer as trainer
 from latent_sft.data.collate import explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
-from latent_sft.data.packing import packed
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.encode import phase_start, store_latents
 from latent_sft.inference.label import make_labels
@@ -92,22 +91,6 @@ def test_a_run_of_token_batches_resumes_in_the_middle_of_an_epoch(tiny_config, t
     )
     assert_same_weights(resumed.final, whole.final)
     assert resumed.results()["examples_seen"] == whole.results()["examples_seen"]
-
-
-def test_packing_changes_nothing_but_the_padding(tiny_config, tmp_path):
-    losses, accuracies = [], []
-    for packing in ("false", "true"):
-        config = tiny_config(f"run_dir={tmp_path / packing}", f"cot.packing={packing}", "cot.num_workers=1")
-        step = train_stage(config, "cot")
-        losses.append(logged(step.directory, "train/loss"))
-        accuracies.append(step.results()["validation_accuracy"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert accuracies[0] == accuracies[1]
-    assert set(logged(step.directory, "train/padding_share")) == {0.0}
-    saved = json.loads((step.final / "config.json").read_text())
-    assert not any("packed" in str(value) for value in saved.values())
-    with pytest.raises(ConfigError, match=r"stage1\.union\.packing: got True, expected false"):
-        tiny_config("stage1.union.packing=true")
 
 
 def test_an_example_beyond_the_budget_is_one_clear_error(tiny_config):
@@ -220,7 +203,6 @@ def test_flops_by_hand(tiny_config):
     labels = len(batch["targets"])
     expected = 6 * weights * sum(lengths) + 6 * table * labels + 3 * 2 * 4 * 16 * pairs
     assert step_flops(model, batch).item() == expected
-    assert step_flops(model, packed(batch)).item() == expected
 
     # stage 1: the encoder's markers see half of its text on average, and are projected over the vocabulary; the last
     # token of every chunk and of the answer, and the encoder's </think>, are seen by nobody
