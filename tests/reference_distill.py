@@ -41,7 +41,6 @@ class Rules:
     pooling: str = "mean"
     normalise: str = "trace"
     span: str = "steps"
-    keys: str = "post_rope"
     kv_loss: str = "smooth_l1"
     layer_std: bool = False
     short: str = "mask"
@@ -57,22 +56,16 @@ class Seen:
     logits: Tensor
     keys: list[Tensor]
     values: list[Tensor]
-    raw_keys: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
 
 
 def look(lm: nn.Module, embeds: Tensor) -> Seen:
     """Run the model over embeddings `[T, D]` of one whole sequence."""
-    projected: dict[tuple[int, str], Tensor] = {}
-    handles = []
-    for number, layer in enumerate(lm.model.layers):
-        for name in ("q_proj", "k_proj"):
-            module = getattr(layer.self_attn, name)
-
-            def keep(_module, _inputs, output, at=(number, name)):
-                projected[at] = output[0]
-
-            handles.append(module.register_forward_hook(keep))
+    projected: list[Tensor] = []
+    handles = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _module, _inputs, output: projected.append(output[0]))
+        for layer in lm.model.layers
+    ]
     out = lm(inputs_embeds=embeds[None], use_cache=True, output_hidden_states=True)
     for handle in handles:
         handle.remove()
@@ -84,12 +77,8 @@ def look(lm: nn.Module, embeds: Tensor) -> Seen:
         [layer.keys[0] for layer in cache.layers],
         [layer.values[0] for layer in cache.layers],
     )
-    for number in range(len(cache.layers)):
-        heads = {
-            name: projected[number, name].unflatten(-1, (-1, size)).transpose(0, 1) for name in ("q_proj", "k_proj")
-        }
-        seen.raw_keys.append(heads["k_proj"])
-        seen.queries.append(rotated(heads["q_proj"]))
+    for query in projected:
+        seen.queries.append(rotated(query.unflatten(-1, (-1, size)).transpose(0, 1)))
     return seen
 
 
@@ -257,11 +246,10 @@ def kv_term(student: Seen, teacher: Seen, example: Example, trace: int, rules: R
     slots = count if rules.short == "zero" else min(count, len(tokens))
     total, kept = student.logits.new_zeros(()), []
     for layer in range(len(student.keys)):
-        mine = student.raw_keys if rules.keys == "pre_rope" else student.keys
-        theirs = teacher.raw_keys if rules.keys == "pre_rope" else teacher.keys
-        chosen = [keep(teacher, theirs[layer][h], layer, h, tokens, queries, rules) for h in range(len(theirs[layer]))]
+        theirs = teacher.keys[layer]
+        chosen = [keep(teacher, theirs[h], layer, h, tokens, queries, rules) for h in range(len(theirs))]
         kept.append(chosen)
-        for ours, targets in ((mine[layer], theirs[layer]), (student.values[layer], teacher.values[layer])):
+        for ours, targets in ((student.keys[layer], theirs), (student.values[layer], teacher.values[layer])):
             targets = targets.detach()
             taken = [targets[h][t] for h in range(len(targets)) for t in chosen[h]]
             scale = spread(torch.stack(taken)) if rules.layer_std and taken else torch.ones(())

@@ -77,8 +77,6 @@ class KvDistillConfig:
     """Softmax over the trace alone, or over all the query sees and then restricted. The paper's formula says trace."""
     span: Literal["steps", "delimiter"] = "steps"
     """What can be kept: the steps shown to the teacher, or `</think>` too."""
-    keys: Literal["post_rope", "pre_rope"] = "post_rope"
-    """Keys as they are in the cache, or with their rotation undone. The paper does not say."""
     short: Literal["mask", "zero"] = "mask"
     """A trace shorter than M leaves slots over: left out of the loss, or drawn to zero."""
     reduction: Literal["mean", "sum"] = "mean"

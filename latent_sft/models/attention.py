@@ -1,32 +1,40 @@
-"""Which code computes the structured attention of stage 1, and how it gets into any Hugging Face decoder.
+"""Our attention inside any Hugging Face decoder: one function behind transformers' AttentionInterface, told by a plan.
 
-    two_track  `method.attention` through transformers' AttentionInterface: pieces of SDPA, CPU and GPU
+    no plan   plain SDPA: whole sequences and decoding work as before
+    Plan      a callable that computes a layer's attention: stage 1's two tracks here, `thought_passes.Pass` elsewhere
+
+The structured attention of stage 1 comes in three forms, which see the same sequence in two-track order and the same
+explicit position ids, and give the same numbers:
+
+    two_track  `method.attention`: pieces of SDPA, CPU and GPU
     flex       FlexAttention with a block mask over the same sequence, CUDA only
     dense      a `[B, 1, T, T]` mask and the model's own attention: the reference
-
-All three see the same sequence in two-track order and the same explicit position ids, and give the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from latent_sft.errors import ConfigError
-from latent_sft.method.attention import Tracks, induction_tracks, supervision_tracks, tracked_attention
+from latent_sft.method.attention import Tracks, induction_tracks, softcapped, supervision_tracks, tracked_attention
 from latent_sft.method.layout import Kind
 from latent_sft.method.masks import induction_mask, supervision_mask, to_additive
 from latent_sft.models.backbone import check_window, core, hidden_states
-from latent_sft.models.plain_attention import plain_attention, refuse_sinks
 
-TWO_TRACK = "latent_sft_two_track"
+OURS = "latent_sft"
+PLAN = "attention_plan"
 BACKENDS = ("auto", "two_track", "flex", "dense")
+
+Plan = Callable[[int, Tensor, Tensor, Tensor, float | None, float, float | None], Tensor]
+"""(layer, query `[B, H, T, d]`, key, value `[B, H_kv, T, d]`, scale, dropout, softcap) -> `[B, H, T, d]`."""
 
 
 def _forward(
@@ -38,19 +46,44 @@ def _forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    tracks: Tracks | None = None,
+    attention_plan: Plan | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface; without `tracks` (decoding) it is plain SDPA."""
-    refuse_sinks(module, others, "stage1.attention: {name}, which two_track does not have; set stage1.attention=dense.")
-    if tracks is None:
-        return plain_attention(module, query, key, value, attention_mask, scaling, dropout, softcap, others)
-    out = tracked_attention(query, key, value, tracks, scaling, dropout, softcap)
-    return out.transpose(1, 2).contiguous(), None
+    """The attention function of transformers' interface, `[B, T, H, d]`."""
+    if others.get("s_aux") is not None or others.get("position_bias") is not None:
+        raise ConfigError(
+            f"model: {type(module).__name__} adds sinks or biases to its attention scores, which ours leaves out. "
+            "Stage 1 can do with stage1.attention=dense; thinking in hidden states needs another model."
+        )
+    if attention_plan is not None:
+        out = attention_plan(module.layer_idx, query, key, value, scaling, dropout, softcap)
+        return out.transpose(1, 2).contiguous(), None
+    if softcap is not None:  # Gemma 2
+        out = softcapped(query, key, value, attention_mask, scaling, dropout, softcap)
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
 
 
-AttentionInterface.register(TWO_TRACK, _forward)
-AttentionMaskInterface.register(TWO_TRACK, sdpa_mask)
+AttentionInterface.register(OURS, _forward)
+AttentionMaskInterface.register(OURS, sdpa_mask)
+
+
+def use_plans(model: nn.Module) -> bool:
+    """Let a causal LM's layers follow plans; False where its attention does not go through transformers' interface."""
+    lm = core(model)
+    if not getattr(lm, "_supports_attention_backend", False):
+        return False
+    lm.set_attn_implementation(OURS)
+    return True
+
+
+def planned(model: nn.Module, embeds: Tensor, position: Tensor, plan: Plan, **options: Any) -> Any:
+    """Return the output of the decoder over `[B, T, D]` at `[B, T]`, attending by a plan."""
+    # a mask of four dimensions is passed on untouched; it keeps transformers from building a causal one
+    unused = embeds.new_zeros(1, 1, 1, 1)
+    return core(model).get_decoder()(
+        inputs_embeds=embeds, attention_mask=unused, position_ids=position, use_cache=False, **options, **{PLAN: plan}
+    )
 
 
 def use_backend(model: nn.Module, backend: str) -> str:
@@ -63,20 +96,20 @@ def use_backend(model: nn.Module, backend: str) -> str:
     """
     if backend not in BACKENDS:
         raise ConfigError(f"stage1.attention: got {backend!r}, expected one of {', '.join(BACKENDS)}.")
-    lm = core(model)
-    pluggable = bool(getattr(lm, "_supports_attention_backend", False))
-    if backend == "auto":
-        backend = "two_track" if pluggable else "dense"
-    if backend == "dense":
-        return backend
-    if not pluggable:
-        raise ConfigError(
-            f"stage1.attention: {type(lm).__name__} does not use transformers' attention interface; only dense works."
-        )
     if backend == "flex" and not torch.cuda.is_available():
         raise ConfigError("stage1.attention: flex needs a CUDA device (FlexAttention has no backward on the CPU).")
-    lm.set_attn_implementation(TWO_TRACK if backend == "two_track" else "flex_attention")
-    return backend
+    if backend == "dense":
+        return backend
+    if not use_plans(model):
+        if backend == "auto":
+            return "dense"
+        raise ConfigError(
+            f"stage1.attention: {type(core(model)).__name__} does not use transformers' attention interface; only "
+            "dense works."
+        )
+    if backend == "flex":
+        core(model).set_attn_implementation("flex_attention")
+    return "two_track" if backend == "auto" else backend
 
 
 def encoder_states(model: nn.Module, backend: str, embeds: Tensor, part: Mapping[str, Tensor], span: int) -> Tensor:
@@ -124,9 +157,10 @@ def decoder_states(model: nn.Module, backend: str, embeds: Tensor, part: Mapping
 
 
 def _tracked(model: nn.Module, embeds: Tensor, position: Tensor, tracks: Tracks) -> Tensor:
-    # a mask of four dimensions is passed on untouched; it keeps transformers from building a causal one
-    unused = embeds.new_zeros(1, 1, 1, 1)
-    return hidden_states(model, embeds, position, unused, tracks=tracks)
+    def plan(_: int, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        return tracked_attention(query, key, value, tracks, *options)
+
+    return planned(model, embeds, position, plan).last_hidden_state
 
 
 def _dense(model: nn.Module, embeds: Tensor, position: Tensor, keep: Tensor) -> Tensor:

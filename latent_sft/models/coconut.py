@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.head import ce_total
-from latent_sft.models.thought_attention import use_thoughts
-from latent_sft.models.thought_passes import check_length, labelled, read, read_on, think_in_turn
+from latent_sft.models.thought_passes import check_length, labelled, read, read_on, think_in_turn, use_thoughts
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -28,7 +27,7 @@ class CoconutModel(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total`, the weighted sum over a batch of `data.thought_batches.coconut_batch`."""
         check_length(self.lm, batch["kind"].shape[1])
-        prompt, _ = read(self.lm, batch["prompt_ids"], batch["prompt_length"])
+        prompt = read(self.lm, batch["prompt_ids"], batch["prompt_length"])
         thought = think_in_turn(self.lm, self.thoughts, prompt, batch["thought_mask"])
         result = read_on(
             self.lm, batch["tail_ids"], batch["tail_length"], thought.position, (prompt.piece, *thought.pieces)

@@ -28,16 +28,17 @@ from latent_sft.method.kv_distill import (
 )
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.head import ce_total
-from latent_sft.models.rotation import rotated_layers, unrotated, watch_rotation
-from latent_sft.models.thought_attention import Result, Watch, use_thoughts
 from latent_sft.models.thought_passes import (
+    Result,
     Thought,
+    Watch,
     check_length,
     labelled,
     read,
     read_on,
     think_at_once,
     think_in_turn,
+    use_thoughts,
 )
 from latent_sft.models.thoughts import Thoughts
 
@@ -59,12 +60,6 @@ class SelfDistillModel(nn.Module):
         self.lm, self.thoughts = lm, thoughts
         self.spec, self.settings = spec, settings
         use_thoughts(lm)
-        self.rotated: tuple[bool, ...] | None = None
-        if self._undoes_rotation():
-            watch_rotation(lm)
-
-    def _undoes_rotation(self) -> bool:
-        return self.settings.kv.weight > 0 and self.settings.kv.keys == "pre_rope"
 
     def forward(self, **batch: Tensor) -> dict[str, Any]:
         """Return the sums of the terms over a batch of `data.thought_batches.distill_batch`.
@@ -80,18 +75,14 @@ class SelfDistillModel(nn.Module):
             TrainingError: a layer did not leave its keys and values.
         """
         use, kv, sequential = self.settings, self.settings.kv, self.thoughts.spec.sequential
-        if self._undoes_rotation() and self.rotated is None:
-            self.rotated = rotated_layers(self.lm)  # not earlier: under ZeRO-3 the model can be called only now
         count, columns = self.thoughts.spec.num_latents, batch["prompt_ids"].shape[1]
         check_length(self.lm, columns + max(count + batch["tail_ids"].shape[1], batch["teacher_ids"].shape[1]))
-        prompt, first = read(
-            self.lm, batch["prompt_ids"], batch["prompt_length"], None if sequential else self.thoughts
-        )
+        prompt = read(self.lm, batch["prompt_ids"], batch["prompt_length"], None if sequential else self.thoughts)
         if sequential:
             every = torch.ones(len(prompt.length), count, dtype=torch.bool, device=prompt.length.device)
             thought = think_in_turn(self.lm, self.thoughts, prompt, every)
         else:
-            thought = think_at_once(self.lm, self.thoughts, prompt, first)
+            thought = think_at_once(self.lm, self.thoughts, prompt)
         student = read_on(
             self.lm,
             batch["tail_ids"],
@@ -160,10 +151,10 @@ class SelfDistillModel(nn.Module):
         # the answer has a token at least, so no trace reaches further
         width = batch["teacher_ids"].shape[1] - 1 - (0 if kv.span == "delimiter" else end)
         trace = torch.arange(width, device=length.device) < length[:, None]
-        ours, theirs = _keys_of(self.lm, list(thought.passes), self.rotated), _keys_of(self.lm, [teacher], self.rotated)
+        ours = [torch.cat(keys, dim=2) for keys in zip(*(piece.keys for piece in thought.pieces), strict=True)]
         options = {"loss": kv.loss, "std": kv.layer_std, "short": kv.short, "reduction": kv.reduction}
         each, alike, slots = [], [], []
-        for layer, key in enumerate(theirs):
+        for layer, key in enumerate(teacher.piece.keys):
             key, value = key[:, :, :width].detach(), teacher.piece.values[layer][:, :, :width].detach()
             kept = self._kept(layer, key, teacher, trace, batch)
             pairs = (
@@ -188,9 +179,7 @@ class SelfDistillModel(nn.Module):
         if layer in teacher.watched:
             seen = teacher.watched[layer]
             columns, real = self._queries(batch)
-            # what the model itself attends by, whichever form of the keys is compared
-            cached = teacher.piece.keys[layer][:, :, : trace.shape[1]].detach()
-            logits = attention_logits(seen.query, cached, seen.scale, seen.softcap, kv.pooling)
+            logits = attention_logits(seen.query, key, seen.scale, seen.softcap, kv.pooling)
             later = torch.arange(trace.shape[1], device=trace.device) > columns[..., None]
             logits = logits.masked_fill(later[:, None, None], float("-inf"))
             attention = importance(logits, trace, real, seen.log_total)
@@ -205,9 +194,3 @@ class SelfDistillModel(nn.Module):
             layer=layer,
         )
         return select(ranked, trace, self.thoughts.spec.num_latents)
-
-
-def _keys_of(lm: nn.Module, passes: list[Result], rotated: tuple[bool, ...] | None) -> list[Tensor]:
-    """Return keys `[B, H_kv, S, d]` of every layer, those of several passes one behind another."""
-    each = [done.piece.keys if rotated is None else unrotated(lm, done, rotated) for done in passes]
-    return [torch.cat(keys, dim=2) for keys in zip(*each, strict=True)]

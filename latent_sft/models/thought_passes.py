@@ -7,18 +7,188 @@
 
 What comes after the latents reads the keys and values of the last pass over them. T = 0 leaves those of the
 placeholders (pause tokens). T >= M is the sequential way, since latent i is final after i passes.
+
+A pass runs the decoder over some columns, which see the keys and values that earlier passes left as plain tensors:
+
+    read    [P (+ placeholders)]        leaves the prompt's
+    think   [z_1 .. z_M]                sees the prompt's, leaves the latents'
+    answer  [E A]                       sees both
+
+Not a transformers Cache: that one is switched off under gradient checkpointing, and gradients have to run through it.
+Under gradient checkpointing (not re-entrant) the tensors taken in the forward pass belong to its graph; while
+activations are recomputed nothing is taken any more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
+from latent_sft.errors import ConfigError, TrainingError
+from latent_sft.method.attention import softcapped
+from latent_sft.method.kv_distill import attention_logits
+from latent_sft.models.attention import planned, use_plans
 from latent_sft.models.backbone import check_window, core, embed
-from latent_sft.models.thought_attention import Piece, Result, run
 from latent_sft.models.thoughts import Thoughts, placeholders
+
+
+class Piece(NamedTuple):
+    """Keys and values of some columns, one `[B, H_kv, S, d]` a layer, and which columns are real `[B, S]`."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    real: Tensor
+
+    def part(self, start: int, stop: int) -> Piece:
+        """Return columns `start` to `stop`, without copying."""
+        keys, values = (tuple(x[:, :, start:stop] for x in states) for states in (self.keys, self.values))
+        return Piece(keys, values, self.real[:, start:stop])
+
+
+class Watch(NamedTuple):
+    """Queries whose attention is wanted.
+
+    Attributes:
+        columns: `[B, Q]` columns of the pass they are in.
+        pooling: see `method.kv_distill.attention_logits`.
+        total: also the logarithm of the softmax's denominator over everything they see.
+    """
+
+    columns: Tensor
+    pooling: str
+    total: bool
+
+
+class Watched(NamedTuple):
+    """What a layer left of the watched queries, detached: `query` `[B, H, Q, d]`, the scores' `scale` and `softcap`,
+    and `log_total` `[B, H_kv, G, Q]` or None."""
+
+    query: Tensor
+    scale: float | None
+    softcap: float | None
+    log_total: Tensor | None
+
+
+class Result(NamedTuple):
+    """What a pass leaves.
+
+    Attributes:
+        hidden: `[B, S, D]` after the final norm.
+        layers: `[B, S, D]` of the embedding and of every layer (the last one after the final norm), or empty.
+        piece: keys and values of the columns, keys as a cache holds them.
+        watched: one a layer, or empty.
+    """
+
+    hidden: Tensor
+    layers: tuple[Tensor, ...]
+    piece: Piece
+    watched: dict[int, Watched]
+
+
+class Pass:
+    """The attention plan of one pass: what its layers are given, and where they leave theirs, by `layer_idx`."""
+
+    def __init__(self, prefix: Sequence[Piece], mask: Tensor | None, watch: Watch | None) -> None:
+        self.prefix, self.mask, self.watch = tuple(prefix), mask, watch
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.watched: dict[int, Watched] = {}
+        self.over = False  # layers that are run again, for their gradients, leave nothing
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        dropout: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Compute a layer's attention; see `attention.Plan`."""
+        if not self.over:
+            self.keys[layer], self.values[layer] = key, value
+        if self.prefix:
+            key = torch.cat([*(piece.keys[layer] for piece in self.prefix), key], dim=2)
+            value = torch.cat([*(piece.values[layer] for piece in self.prefix), value], dim=2)
+        if self.watch is not None and not self.over:
+            self.watched[layer] = _watched(self.watch, self.mask, query.detach(), key.detach(), scale, softcap)
+        if softcap is not None:
+            return softcapped(query, key, value, self.mask, scale, dropout, softcap)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and self.mask is not None:  # fused kernels take a mask or grouped heads, not both
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self.mask,
+            dropout_p=dropout,
+            is_causal=self.mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+def use_thoughts(model: nn.Module) -> None:
+    """Prepare a causal LM for these passes; whole sequences and decoding work as before.
+
+    Raises:
+        ConfigError: the model's attention does not go through transformers' interface.
+    """
+    if not use_plans(model):
+        raise ConfigError(
+            f"model: {type(core(model)).__name__} does not use transformers' attention interface, which training with "
+            "thoughts in hidden states goes through. Use another model, or turn those stages off."
+        )
+
+
+def run(
+    model: nn.Module,
+    embeds: Tensor,
+    position: Tensor,
+    real: Tensor,
+    prefix: Sequence[Piece] = (),
+    *,
+    gaps: bool = False,
+    watch: Watch | None = None,
+    layers: bool = False,
+) -> Result:
+    """Run the decoder over some columns.
+
+    Args:
+        model: causal LM prepared by `use_thoughts`, possibly wrapped by PEFT.
+        embeds: `[B, S, D]` input embeddings.
+        position: `[B, S]` position ids.
+        real: `[B, S]` which columns are real; what stands in others is never seen.
+        prefix: what earlier passes left, seen by every column.
+        gaps: columns that are not real stand between real ones, not only behind them.
+        watch: queries whose attention is wanted.
+        layers: keep the hidden states of all layers.
+
+    Raises:
+        TrainingError: a layer did not leave its keys and values.
+    """
+    given = Pass(prefix, _mask(real, prefix, gaps), watch)
+    out = planned(model, embeds, position, given, output_hidden_states=layers)
+    given.over = True
+    count = core(model).config.get_text_config().num_hidden_layers
+    states = out.hidden_states if layers else ()
+    complete = sorted(given.keys) == list(range(count)) and (watch is None or len(given.watched) == count)
+    if not complete or (layers and len(states or ()) != count + 1):
+        raise TrainingError(
+            f"model: {len(given.keys)} of {count} layers of {type(core(model)).__name__} left their keys, values and "
+            "states; distilling them would train nothing. The model needs use_thoughts, and layers that call "
+            "transformers' attention interface in the forward pass."
+        )
+    piece = Piece(
+        tuple(given.keys[layer] for layer in range(count)), tuple(given.values[layer] for layer in range(count)), real
+    )
+    return Result(out.last_hidden_state, tuple(states), piece, given.watched)
 
 
 class Prompt(NamedTuple):
@@ -44,16 +214,14 @@ class Thought(NamedTuple):
         pieces: their keys and values, in order, one piece a pass or one for all.
         last: `[B, D]` hidden state of the last latent (of the prompt, where a row has none).
         position: `[B]` position id of what comes next.
-        passes: the passes that left the pieces; their `turned` belongs to the pieces' keys.
     """
 
     pieces: tuple[Piece, ...]
     last: Tensor
     position: Tensor
-    passes: tuple[Result, ...]
 
 
-def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None = None) -> tuple[Prompt, Result]:
+def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None = None) -> Prompt:
     """Read right-padded prompts, with `thoughts` with its M placeholders behind them in the same pass.
 
     Args:
@@ -67,7 +235,7 @@ def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None =
     embeds, real = embed(lm, ids), at < length[:, None]
     if thoughts is None:
         result = run(lm, embeds, at, real)
-        return Prompt(result.piece, _at(result.hidden, length - 1), length, None), result
+        return Prompt(result.piece, _at(result.hidden, length - 1), length, None)
     count = thoughts.spec.num_latents
     behind = length[:, None] + torch.arange(count, device=ids.device)
     embeds = torch.cat([embeds, placeholders(thoughts, batch).to(embeds.dtype)], dim=1)
@@ -79,7 +247,7 @@ def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None =
         gaps=True,
     )
     waiting = result.hidden[:, columns:], result.piece.part(columns, columns + count)
-    return Prompt(result.piece.part(0, columns), _at(result.hidden, length - 1), length, waiting), result
+    return Prompt(result.piece.part(0, columns), _at(result.hidden, length - 1), length, waiting)
 
 
 def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tensor) -> Thought:
@@ -91,31 +259,31 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
         prompt: see `read`.
         real: `[B, N]` which latents a row has, none behind a missing one; N passes are made for all.
     """
-    passes: list[Result] = []
+    pieces: list[Piece] = []
     hidden = last = prompt.last
     for i in range(real.shape[1]):
-        before = (prompt.piece, *(done.piece for done in passes))
         inputs = thoughts(hidden).to(hidden.dtype)[:, None]
-        passes.append(run(lm, inputs, _within(prompt.length + i, real[:, i])[:, None], real[:, i : i + 1], before))
-        hidden = passes[-1].hidden[:, 0]
+        position = _within(prompt.length + i, real[:, i])[:, None]
+        done = run(lm, inputs, position, real[:, i : i + 1], (prompt.piece, *pieces))
+        pieces.append(done.piece)
+        hidden = done.hidden[:, 0]
         last = torch.where(real[:, i, None], hidden, last)
-    return Thought(tuple(done.piece for done in passes), last, prompt.length + real.sum(1), tuple(passes))
+    return Thought(tuple(pieces), last, prompt.length + real.sum(1))
 
 
-def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, first: Result) -> Thought:
-    """Think M latents in T Jacobi iterations; `prompt` and `first` are what `read` gave with the placeholders."""
+def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
+    """Think M latents in T Jacobi iterations; `prompt` was read with the placeholders."""
     assert prompt.waiting is not None
     count = thoughts.spec.num_latents
     hidden, piece = prompt.waiting
     position = prompt.length[:, None] + torch.arange(count, device=hidden.device)
     start = thoughts(prompt.last)[:, None].to(hidden.dtype) if thoughts.spec.iterations else None
-    done = _columns(first, first.hidden.shape[1] - count, piece)
     for _ in range(thoughts.spec.iterations):
         assert start is not None
         inputs = torch.cat([start, thoughts(hidden[:, :-1]).to(hidden.dtype)], dim=1)
         done = run(lm, inputs, position, piece.real, [prompt.piece])
         hidden, piece = done.hidden, done.piece
-    return Thought((piece,), hidden[:, -1], prompt.length + count, (done,))
+    return Thought((piece,), hidden[:, -1], prompt.length + count)
 
 
 def read_on(
@@ -129,7 +297,7 @@ def read_on(
         length: `[B]` tokens of each row.
         position: `[B]` position id of the first one.
         prefix: what it sees.
-        options: of `thought_attention.run`.
+        options: of `run`.
     """
     at = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     real = at < length[:, None]
@@ -146,11 +314,6 @@ def check_length(lm: nn.Module, columns: int) -> None:
     check_window(core(lm), columns, "thinking", "Thoughts in hidden states are trained under")
 
 
-def _columns(result: Result, start: int, piece: Piece) -> Result:
-    turned = {layer: (cos[:, start:], sin[:, start:]) for layer, (cos, sin) in result.turned.items()}
-    return result._replace(hidden=result.hidden[:, start:], piece=piece, turned=turned)
-
-
 def _within(position: Tensor, real: Tensor) -> Tensor:
     # a table of positions (GPT-2) ends somewhere, and padding must not lie behind it
     return torch.where(real, position, 0)
@@ -158,3 +321,30 @@ def _within(position: Tensor, real: Tensor) -> Tensor:
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.gather(1, index[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
+
+
+@torch.no_grad()
+def _watched(
+    watch: Watch, mask: Tensor | None, query: Tensor, key: Tensor, scale: float | None, softcap: float | None
+) -> Watched:
+    columns = watch.columns[:, None, :, None]
+    chosen = query.gather(2, columns.expand(-1, query.shape[1], -1, query.shape[3]))
+    if not watch.total:
+        return Watched(chosen, scale, softcap, None)
+    logits = attention_logits(chosen, key, scale, softcap, watch.pooling)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
+    sees = mask.expand(len(columns), 1, -1, -1).gather(2, columns.expand(-1, 1, -1, key.shape[2]))
+    return Watched(chosen, scale, softcap, logits.masked_fill(~sees[:, :, None], float("-inf")).logsumexp(-1))
+
+
+def _mask(real: Tensor, prefix: Sequence[Piece], gaps: bool) -> Tensor | None:
+    # [B, 1, S, prefix + S], True = may attend; None is plain causal attention
+    if not prefix and not gaps:
+        return None
+    length = real.shape[1]
+    own = torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(real), -1, -1)
+    if gaps:  # a column always sees itself, or those in front of the first real one would see nothing
+        own = (own & real[:, None]) | torch.eye(length, dtype=torch.bool, device=real.device)
+    before = [piece.real[:, None].expand(-1, length, -1) for piece in prefix]
+    return torch.cat([*before, own], dim=2)[:, None]

@@ -7,8 +7,7 @@ import torch
 from inference.test_thoughts import EVERY, PROMPTS, SPEC, model_of, same, think, thoughts_of
 
 from latent_sft.models.logits import head
-from latent_sft.models.thought_attention import use_thoughts
-from latent_sft.models.thought_passes import read, read_on, think_at_once, think_in_turn
+from latent_sft.models.thought_passes import read, read_on, think_at_once, think_in_turn, use_thoughts
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "granite")
 
@@ -26,11 +25,11 @@ def test_training_passes_predict_what_decoding_writes(family, spec):
 
     length = torch.tensor([len(prompt) for prompt in PROMPTS])
     ids = torch.tensor([prompt + [0] * (int(length.max()) - len(prompt)) for prompt in PROMPTS])
-    prompt, first = read(model, ids, length, None if spec.sequential else thoughts)
+    prompt = read(model, ids, length, None if spec.sequential else thoughts)
     if spec.sequential:
         thought = think_in_turn(model, thoughts, prompt, torch.ones(len(PROMPTS), spec.num_latents, dtype=torch.bool))
     else:
-        thought = think_at_once(model, thoughts, prompt, first)
+        thought = think_at_once(model, thoughts, prompt)
     written = [[*row.answer_ids, *([SPEC.eos_id] if row.finished else [])] for row in found]
     tails = [[*SPEC.end_think_ids, *answer] for answer in written]
     sizes = torch.tensor([len(tail) for tail in tails])

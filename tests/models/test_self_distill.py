@@ -19,7 +19,7 @@ from latent_sft.data.collate import explicit_batch
 from latent_sft.data.thought_batches import distill_batch
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.method.types import LatentSpec, ThoughtSpec
-from latent_sft.models import rotation, thought_attention
+from latent_sft.models import thought_passes
 from latent_sft.models.explicit import ExplicitModel
 from latent_sft.models.load import add_lora
 from latent_sft.models.self_distill import SelfDistillModel
@@ -42,7 +42,6 @@ def settings_of(rules: Rules, **weights: float) -> SelfDistillConfig:
                 "pooling",
                 "normalise",
                 "span",
-                "keys",
                 "short",
                 "reduction",
             )
@@ -88,12 +87,12 @@ VARIANTS = {
     "all-max": {"normalise": "all", "pooling": "max", "queries": "tail", "importance": 0.9},
     "all-mean": {"normalise": "all", "span": "delimiter", "importance": 0.9},
     "delimiter": {"queries": "tail", "span": "delimiter", "pooling": "max", "selector": "attention"},
-    "pre-rope": {"keys": "pre_rope", "layer_std": True},
+    "layer-std": {"layer_std": True},
     "cosine": {"selector": "cosine", "drop_last_step": False},
     "attention": {"selector": "attention", "num_latents": 2},
     "crop": {"selector": "crop", "num_latents": 2, "iterations": 1},
     "uniform": {"selector": "uniform", "num_latents": 2, "iterations": 0},
-    "codi": {"num_latents": 3, "iterations": 3, "keys": "pre_rope"},
+    "codi": {"num_latents": 3, "iterations": 3},
     "one": {"num_latents": 1, "iterations": 1},
 }
 
@@ -144,8 +143,8 @@ def test_as_many_iterations_as_latents_are_one_latent_after_another():
     model = build(Rules(iterations=3))
     batch = batch_of(model)
     ids, length = batch["prompt_ids"], batch["prompt_length"]
-    at_once = think_at_once(model.lm, model.thoughts, *read(model.lm, ids, length, model.thoughts))
-    in_turn = think_in_turn(model.lm, model.thoughts, read(model.lm, ids, length)[0], torch.ones(4, 3).bool())
+    at_once = think_at_once(model.lm, model.thoughts, read(model.lm, ids, length, model.thoughts))
+    in_turn = think_in_turn(model.lm, model.thoughts, read(model.lm, ids, length), torch.ones(4, 3).bool())
     for layer in range(2):
         for name in ("keys", "values"):
             expected = torch.cat([getattr(piece, name)[layer] for piece in in_turn.pieces], dim=2)
@@ -209,7 +208,7 @@ def test_what_is_observed():
     assert not observed["kv_cosine"][0].requires_grad
 
 
-@pytest.mark.parametrize("options", [{}, {"iterations": 3}, {"keys": "pre_rope", "normalise": "all"}])
+@pytest.mark.parametrize("options", [{}, {"iterations": 3}, {"normalise": "all"}])
 def test_gradient_checkpointing_changes_no_gradient(options):
     found = []
     for checkpointing in (False, True):
@@ -255,9 +254,9 @@ def test_lora_trains_through_every_term():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_a_step(name):
-    """Alone and in a batch, in float32, with keys as before their rotation."""
+    """Alone and in a batch, in float32."""
     spec = LatentSpec(think_ids=(4,), end_think_ids=END, eos_id=1, pad_id=0, vocab_size=40, top_k=4)
-    settings = settings_of(Rules(keys="pre_rope", normalise="all", layer_std=True))
+    settings = settings_of(Rules(normalise="all", layer_std=True))
     thoughts = Thoughts(ThoughtSpec(num_latents=3, iterations=2), torch.ones(32))
     model = SelfDistillModel(family(name, scale=2.0), thoughts, spec, settings)
     whole = totals(model(**batch_of(model)))
@@ -268,22 +267,6 @@ def test_every_family_takes_a_step(name):
     assert all(torch.isfinite(g).all() for g in found.values())
     assert found["thoughts.placeholder"].abs().sum() > 0
     assert sum(float(g.abs().sum()) > 0 for g in found.values()) > len(found) / 2
-    assert model.rotated == ((False, False) if name == "gpt2" else (True, True))
-
-
-def test_layers_without_rotation_are_found():
-    lm = family("smollm3")
-    lm.model.layers[1].self_attn.use_rope = False
-    thought_attention.use_thoughts(lm)
-    rotation.watch_rotation(lm)
-    assert rotation.rotated_layers(lm) == (True, False)
-
-
-def test_a_rotation_that_cannot_be_undone_is_refused(monkeypatch):
-    model = build(Rules(keys="pre_rope"))
-    monkeypatch.setattr(rotation, "_turned_back", lambda model, key, cos, sin: key)
-    with pytest.raises(ConfigError, match=r"kv\.keys=post_rope"):
-        model(**batch_of(model))
 
 
 def test_a_model_whose_layers_leave_nothing_is_refused():
@@ -297,7 +280,7 @@ def test_a_model_without_the_attention_interface_is_refused(monkeypatch):
     lm = llama()
     monkeypatch.setattr(type(lm), "_supports_attention_backend", False)
     with pytest.raises(ConfigError, match="does not use transformers' attention interface"):
-        thought_attention.use_thoughts(lm)
+        thought_passes.use_thoughts(lm)
 
 
 def test_a_sliding_window_is_refused_where_it_would_bite():
@@ -315,7 +298,7 @@ def test_whole_sequences_and_decoding_work_as_before():
     lm = llama()
     ids = torch.tensor([[8, 9, 4, 10, 11]])
     expected = lm(input_ids=ids).logits
-    thought_attention.use_thoughts(lm)
+    thought_passes.use_thoughts(lm)
     torch.testing.assert_close(lm(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
     past = lm(input_ids=ids[:, :3], use_cache=True).past_key_values
     torch.testing.assert_close(
