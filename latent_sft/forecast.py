@@ -10,21 +10,24 @@ import math
 import statistics
 from pathlib import Path
 
-from latent_sft.config.schema import STAGES, Config, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError
-from latent_sft.memory import GIB, LEVELS, Level, Numbers, activations, buffers, logits, model_states
-from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
-from latent_sft.sizes import (
+from latent_sft.memory import (
+    GIB,
+    LEVELS,
     Backbone,
-    Examples,
-    Load,
-    given_examples,
+    Level,
+    Numbers,
+    activations,
+    buffers,
     itemsize,
-    load_of,
-    measure,
-    read_examples,
-    weights_of,
+    logits,
+    model_states,
 )
+from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
+from latent_sft.methods import STAGES
+from latent_sft.sizes import Examples, Load, given_examples, load_of, measure, plan_setup, read_examples
 from latent_sft.train.zero import BUCKET
 
 # of the GPU's memory; the rest is left to the CUDA context, NCCL, fragmentation and validation
@@ -85,8 +88,9 @@ def _block(
     tokens_per_second: float | None,
 ) -> tuple[list[str], list[Level]]:
     """Return the lines of one stage and the levels that fit."""
-    train, weights, load = config.stage(stage), weights_of(config, stage, backbone), load_of(config, stage, examples)
-    item, lora = itemsize(config), config.model.lora
+    setup = plan_setup(config, stage, examples)
+    train, weights, load = setup.train, STAGES[stage].parameters(backbone, setup), load_of(stage, setup, examples)
+    item, lora = itemsize(config.model), config.model.lora
     numbers = Numbers(
         item, item if train.mixed_precision == "no" else 2, 4 if lora.rank else 0, bool(lora.rank and lora.dropout)
     )
@@ -96,11 +100,11 @@ def _block(
         if positions
     )
     # the K table rows of every latent that is a superposition, for the mixture and for the projection
-    superposed = load.latents if stage == "stage2" or stage.startswith("stage1") else 0
-    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight
-    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
-    trains_head = not lora.rank and stage != "stage1-encoder"
-    loss = logits(backbone.shape, numbers, load.labels, trained=trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
+    kept += load.superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight
+    kept += (
+        load.superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
+    )
+    loss = logits(backbone.shape, numbers, load.labels, trained=weights.trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
     states = [model_states(weights, level, gpus) for level in LEVELS]
     buffer = [buffers(weights, level, BUCKET) for level in LEVELS]
     totals = [state.gpu + extra + kept + loss for state, extra in zip(states, buffer, strict=True)]

@@ -18,31 +18,21 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
+from latent_sft.data.labels import LabelStore
 from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
-from latent_sft.errors import ConfigError
-from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
+from latent_sft.method.types import LatentSpec
+from latent_sft.methods import STAGES, method_of
+from latent_sft.methods.base import Setup, Store
 from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.runs import Step, fingerprint, write_atomically, write_json
+from latent_sft.runs import Step, fingerprint, write_atomically
 
 log = logging.getLogger(__name__)
 
-STAGE1_PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
-# what decides the encoder's latents; noise and limits of decoding do not
-_ENCODER_SETTINGS = (
-    "rate",
-    "segmentation",
-    "top_k",
-    "projection",
-    "exclude_end",
-    "temperature",
-    "marker_positions",
-    "marker_input",
-)
 # settings that say how a stage is watched or run, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit")
 
@@ -83,7 +73,9 @@ class Workspace:
             disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
-        self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
+        self.spec: LatentSpec = build_spec(
+            self.tokenizer, config.prompt, config.latent, vocabulary_size(self.base, config.model)
+        )
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
     @cached_property
@@ -93,7 +85,7 @@ class Workspace:
             return self._tokenise()
 
     def _tokenise(self) -> dict[str, Dataset]:
-        return tokenized_splits(self.config, self.tokenizer, self.spec, self.splits, self.directory / "data")
+        return tokenized_splits(self.config.data, self.tokenizer, self.spec, self.splits, self.directory / "data")
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
@@ -111,76 +103,77 @@ class Workspace:
             "dtype": self.config.model.dtype,
             "train": settings,
         }
-        if name in STAGE1_PHASES:
-            inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
-            if self.config.stage1.share_backbone:
-                inputs["share_backbone"] = True
-        if name in ("coconut", "codi", "pccot", "kava"):
-            method = dataclasses.asdict(getattr(self.config, name))
-            inputs["method"] = {k: v for k, v in method.items() if k != "train"}
-            source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
-        elif name not in ("no-cot", "cot"):
-            inputs["latent"] = self._latent_settings(name)
-            source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
+        stage = STAGES[name]
+        inputs |= stage.identity(self._settings(name), self.config.latent)
+        source = self.source_of(name)
+        inputs["source"] = source.fingerprint if source else "base"
         return Step(directory=self.directory / name, inputs=inputs)
 
     def source_of(self, name: str) -> Step | None:
         """Return the step whose final model a stage starts from, or None where that is the base model."""
-        phases = [p for p in STAGE1_PHASES if self.config.stage(p).enabled]
-        if name in STAGE1_PHASES:
-            earlier = phases[: phases.index(name)] if name in phases else phases
-            if earlier:
-                return self.step(earlier[-1])
-            return self.step("cot") if self.config.stage1.init == "cot" else None
-        if name in ("label", "stage2"):
-            if not phases:
-                raise ConfigError("stage1: all three phases are disabled, but labels and stage 2 need an encoder.")
-            return self.step(phases[-1])
-        if name in ("coconut", "codi", "pccot", "kava"):
-            return self.step("cot") if getattr(self.config, name).init == "cot" else None
-        return None
+        return self._step_of(STAGES[name].source(self._settings(name)))
 
-    def labels_step(self, reader: str = "label") -> Step:
-        """Return the step of a store of latents: the labels of stage 2, or what the `stage1-decoder` phase reads.
+    def setup(self, name: str) -> Setup:
+        """Return what the functions of a stage are given; what it starts from need not be there yet.
 
-        That phase reads exact weights, so that it gives what running its frozen encoder would give.
+        Raises:
+            ArtefactError: the latents it reads are not finished, or not those that it needs.
         """
-        source = self.source_of(reader)
-        stored = {"label": ("labels", self.config.labels.dtype)}
-        name, dtype = stored.get(reader, (f"{reader}-latents", "float32"))
+        stage, source = STAGES[name], self.source_of(name)
+        first = source
+        while first is not None and method_of(first.directory.name) is method_of(name):
+            first = self.source_of(first.directory.name)
+        latents = None
+        if stage.reads is not None and self.store_step(stage.reads).is_finished():
+            folder = self.store_step(stage.reads).directory / "store"
+            latents = LabelStore(folder, expect=self.store_made_from(stage.reads)).get
+        return Setup(
+            settings=self._settings(name),
+            train=self.config.stage(name),
+            model=self.config.model,
+            spec=self.spec,
+            tokenizer=self.tokenizer,
+            start=self.base if source is None else source.final,
+            source="" if source is None else source.directory.name,
+            root=self.base if first is None else first.final,
+            latents=latents,
+        )
+
+    def store_step(self, store: Store) -> Step:
+        """Return the step of a store of latents."""
+        reader = self._reader(store)
+        source = self._step_of(store.source(self._settings(reader)))
         start = {"base": self._base_identity(), "prompt": self._prompt_identity()}
         inputs = {
-            "step": "label" if reader == "label" else name,
+            "step": store.name or store.folder,
             "encoder": source.fingerprint if source else fingerprint(start),
             "data": self._data_identity(),
-            "latent": self._latent_settings(reader),
-            "dtype": dtype,
+            "latent": store.identity(self.config.latent),
+            "dtype": store.dtype or self.config.labels.dtype,
             "shard_size": self.config.labels.shard_size,
         }
-        return Step(directory=self.directory / name, inputs=inputs)
+        return Step(directory=self.directory / store.folder, inputs=inputs)
 
-    def labels_made_from(self, reader: str = "label") -> dict[str, str | int | float]:
+    def store_source(self, store: Store) -> Step | None:
+        """Return the step whose model makes a store's latents, or None where that is the base model."""
+        return self._step_of(store.source(self._settings(self._reader(store))))
+
+    def store_made_from(self, store: Store) -> dict[str, str | int | float]:
         """Return what decides the latents, in words that an error can show; the store carries it."""
-        step = self.labels_step(reader)
         return {
-            "encoder": step.inputs["encoder"],
+            "encoder": self.store_step(store).inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **self._latent_settings(reader),
+            **store.identity(self.config.latent),
         }
 
-    def _latent_settings(self, name: str) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.config.latent)
-        if name == "stage2":
-            return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
-        return {k: settings[k] for k in _ENCODER_SETTINGS}
+    def _reader(self, store: Store) -> str:
+        return next(name for name, stage in STAGES.items() if stage.reads is store)
 
-    def save_spec(self, folder: Path, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
-        """Write the spec beside a model, and how it thinks: `latent`, `explicit`, `none`, `continuous` (with M, T)."""
-        write_json(folder / SPEC_FILE, self.spec.to_dict())
-        how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
-        write_json(folder / "thinker.json", {"thinker": thinker, **how})
+    def _step_of(self, name: str | None) -> Step | None:
+        return None if name is None else self.step(name)
+
+    def _settings(self, name: str) -> Any:
+        return self.config.settings(method_of(name).settings)
 
     def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
         model = self.config.model

@@ -24,27 +24,33 @@ LAYERS = {
     "runs": 1,
     "evaluation.math_equal": 1,  # comparing answers is needed while training too, and knows nothing of models
     "evaluation.answers": 2,
-    "launcher": 2,
-    "variants": 2,
-    "reuse": 2,
-    "plan": 3,
+    "launcher": 9,
     "memory": 2,
     "data": 3,
     "models": 4,
-    "workspace": 5,
-    "inference": 6,
-    "train": 7,
-    "sizes": 8,
-    "forecast": 9,
-    "inference.label": 8,  # reads a trained stage 1
-    "evaluation": 9,
-    "export": 9,
-    "pipeline": 10,
-    "compare": 10,
-    "cli": 11,
+    "inference": 5,
+    "inference.show": 6,
+    "methods": 6,
+    "config.experiment": 7,  # the sections of all methods
+    "config.load": 8,
+    "config.document": 8,
+    "variants": 9,
+    "reuse": 9,
+    "plan": 10,
+    "workspace": 9,
+    "stores": 10,
+    "train": 11,
+    "sizes": 9,
+    "forecast": 12,
+    "evaluation": 12,
+    "export": 12,
+    "pipeline": 13,
+    "compare": 13,
+    "cli": 14,
 }
 MAX_LINES = 350
-LONGER = {"config/schema.py": 480}  # a list of keys: long, and read by looking up
+# read by looking up, or one method from settings to words
+LONGER = {"config/schema.py": 480, "methods/latent_sft.py": 500, "methods/self_distill.py": 500}
 
 
 def layer_of(module: str) -> str | None:

@@ -72,3 +72,8 @@ class TrainConfig:
         need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
         need(self.save_every >= 0, f"{section}.save_every", self.save_every, "0 or a number of steps")
         need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
+
+
+def off() -> TrainConfig:
+    """Return the settings of a stage that is not trained unless it is asked for."""
+    return TrainConfig(enabled=False)

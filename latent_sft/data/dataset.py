@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config, DataConfig
+from latent_sft.config.schema import DataConfig
 from latent_sft.data.formats import Record
 from latent_sft.data.prompts import tokenize_record
 from latent_sft.data.records import Splits, content_hash
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def tokenized_splits(
-    config: Config, tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, splits: Splits, directory: Path
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, splits: Splits, directory: Path
 ) -> dict[str, Dataset]:
     """Return the tokenised `train`, `validation` and, where there is one, `test` split.
 
@@ -55,7 +55,7 @@ def tokenized_splits(
     killed process or several processes at once leave nothing broken.
 
     Args:
-        config: `data` is used: limits and `on_error`.
+        data: limits and `on_error` are used.
         tokenizer: of the base model.
         spec: from `latent_sft.data.prompts.build_spec`.
         splits: from `latent_sft.data.records.load_splits`.
@@ -65,7 +65,7 @@ def tokenized_splits(
         DataError: a row that is too long or cannot be tokenised, with `on_error=raise`; no row left.
         ArtefactError: the files could not be written.
     """
-    limits = (config.data.max_prompt_tokens, config.data.max_cot_tokens, config.data.on_error)
+    limits = (data.max_prompt_tokens, data.max_cot_tokens, data.on_error)
     settings = fingerprint(CACHE_FORMAT, spec.to_dict(), tokenizer_fingerprint(tokenizer), limits)
     datasets: dict[str, Dataset] = {}
     for split in ("train", "validation", "test"):
@@ -76,7 +76,7 @@ def tokenized_splits(
         key = fingerprint(settings, content_hash(records))
         path = _cached(folder, key)
         if path is None:
-            path = _build(folder, key, split, records, config.data, tokenizer, spec)
+            path = _build(folder, key, split, records, data, tokenizer, spec)
         datasets[split] = Dataset.from_file(str(path))
     return datasets
 

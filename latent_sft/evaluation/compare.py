@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.compare_page import render, write_tables
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.evaluation.report import SPLITS, read_run
-from latent_sft.plan import MODELS, models_of
+from latent_sft.methods import MODELS
+from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, read_json, write_atomically, write_json
 from latent_sft.variants import Job
 
@@ -48,7 +49,7 @@ class Method:
 
     Attributes:
         variant: where it was trained first.
-        model: of `plan.MODELS`.
+        model: of `methods.MODELS`.
         results: by seed: summary and costs, as in a report.
         correct: by seed: share of right answers by problem id.
         identity: by seed: what it was made from; equal for the same model in two variants.
@@ -127,13 +128,13 @@ def label_methods(methods: list[Method]) -> list[Method]:
     for method in methods:
         if taken.count(method.label) > 1:
             method.label = f"{method.variant}/{method.model}"
-    return sorted(methods, key=lambda m: MODELS.index(m.model))
+    return sorted(methods, key=lambda m: list(MODELS).index(m.model))
 
 
 def rows_of(methods: Sequence[Method], *, resamples: int) -> list[dict[str, Any]]:
     """Return one row a method: costs as means over its seeds, accuracy over seeds and problems, paired differences.
 
-    Row: `model` (label), `kind` (of `plan.MODELS`), `variant`, `split`, `seeds`, `num_examples`, `accuracy`,
+    Row: `model` (label), `kind` (of `methods.MODELS`), `variant`, `split`, `seeds`, `num_examples`, `accuracy`,
     `accuracy_se` (see `intervals.accuracy_error`), `accuracy_by_seed`, MEANS, `interventions` {name: {accuracy,
     difference}}, and the differences `against_cot` and `against_best` {difference, difference_ci, seeds,
     num_examples}: to the model `cot`, and to the method of LATENT with the highest accuracy, which was chosen by

@@ -24,11 +24,10 @@ from typing import Any
 
 import yaml
 
-from latent_sft.config.schema import STAGES
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import page, plots
 from latent_sft.evaluation.tables import intervention_table, latent_table, markdown, result_table
-from latent_sft.plan import MODELS
+from latent_sft.methods import MODELS, STAGES
 from latent_sft.runs import MANIFEST, read_json, write_atomically, write_json
 
 SPLITS = ("test", "validation")
@@ -120,7 +119,7 @@ def read_run(directory: Path) -> Run:
         problems[model, split] = found.get("problems", [])
     if not results:
         raise ArtefactError(f"{directory / 'eval'}: no evaluation results; run latent-sft eval first.")
-    results.sort(key=lambda r: (_rank(r["split"], SPLITS), _rank(r["model"], MODELS)))
+    results.sort(key=lambda r: (_rank(r["split"], SPLITS), _rank(r["model"], list(MODELS))))
     curves = {s: read_curves(p) for s in STAGES if (p := directory / s / "metrics.jsonl").exists()}
     return Run(directory=directory, results=results, problems=problems, stages=stages, curves=curves, config=config)
 

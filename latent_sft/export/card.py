@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_sft import __version__
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.export import card_thoughts
 from latent_sft.method.types import LatentSpec, ThoughtSpec
 from latent_sft.runs import MANIFEST, read_json

@@ -5,22 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from latent_sft.method.types import LatentSpec, ThoughtSpec
-
-METHODS = {
-    "coconut": ("Coconut", "2412.06769", "Training Large Language Models to Reason in a Continuous Latent Space"),
-    "codi": ("CODI", "2502.21074", "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation"),
-    "pccot": ("PCCoT", "2506.18582", "Parallel Continuous Chain-of-Thought with Jacobi Iteration"),
-    "kava": ("KaVa", "2510.02312", "KaVa: Latent Reasoning via Compressed KV-Cache Distillation"),
-}
-"""Stage -> name, arXiv number and title."""
+from latent_sft.methods import method_of
 
 ARGUMENTS = "`do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
 
 
 def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
     """Return what the model is and how it thinks; `origin` is ` from BASE` or empty."""
-    known = METHODS.get(name)
-    trained = f"trained with {known[0]} ([arXiv {known[1]}](https://arxiv.org/abs/{known[1]}))" if known else "trained"
+    known = method_of(name) if name else None
+    link = f"[arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv})" if known else ""
+    trained = f"trained with {known.title} ({link})" if known else "trained"
     count = thoughts.num_latents
     if thoughts.iterations == 0:
         how = f"reads {count} pause tokens, one trained embedding fed {count} times, in the pass that reads the prompt."
@@ -59,7 +53,7 @@ def limitations(spec: LatentSpec, thoughts: ThoughtSpec) -> str:
 
 def citation(name: str) -> str:
     """Return title and number of the paper."""
-    known = METHODS.get(name)
-    if known is None:
+    if not name:
         return "The method is not recorded with this checkpoint."
-    return f"The method: {known[2]}, [arXiv {known[1]}](https://arxiv.org/abs/{known[1]})."
+    known = method_of(name)
+    return f"The method: {known.paper}, [arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv})."

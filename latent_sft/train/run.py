@@ -21,22 +21,23 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from latent_sft.config.schema import SECTIONS, Config, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
-from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
+from latent_sft.methods import STAGES
+from latent_sft.methods.base import Curriculum, Setup, Stage
 from latent_sft.models.backbone import core
-from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step
+from latent_sft.stores import store_latents
 from latent_sft.train import zero
-from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
-from latent_sft.train.curriculum import ForgetMoments, Staged, numbered
+from latent_sft.train.callbacks import MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
 from latent_sft.train.interruption import Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
-from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import STAGES, Stage, validation_metrics
+from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 from latent_sft.train.trainer import LatentTrainer
+from latent_sft.train.validation import validation_metrics
 from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
 
     Args:
         config: the experiment.
-        name: a stage of `latent_sft.config.schema.STAGES`.
+        name: a stage of `latent_sft.methods.STAGES`.
         work: the opened experiment, where the caller has it.
 
     Returns:
@@ -70,41 +71,41 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
-    train = same_step(train, SECTIONS[name], checkpoint, processes().num_processes)
+    train = same_step(train, stage.section, checkpoint, processes().num_processes)
     if checkpoint:
         zero.check_checkpoint(checkpoint, config.launch)
     deepspeed = zero.settings(config, train)
-    if name == "stage1-decoder":
+    if stage.reads is not None and not stage.reads.name:
         store_latents(work, name)
+    elif stage.reads is not None:
+        work.store_step(stage.reads).results()
+    setup = work.setup(name)
     set_seed(config.seed)
     zero.begin(config.launch)
     with zero.loading(config):
-        model = stage.build(work)
+        model = stage.model(setup)
     zero.one_dtype(model, deepspeed)
     if train.gradient_checkpointing:
         _checkpoint_activations(model)
     rows = as_rows(work.data["validation"], train.eval_examples)
-    if stage.thinker == "gold":
+    if stage.thinker(model).oracle is not None:
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
-    check_rows(len(work.data["train"]), train, name, processes().num_processes)
-    sampler = _sampler(train, name, work)
-    train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
-    collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
+    check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
+    curriculum = stage.curriculum(setup)
+    sampler = _sampler(stage, setup, curriculum, work)
+    train_rows = work.data["train"] if curriculum is None else Phased(work.data["train"])
+    collate = stage.batch(setup)
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
         step.begin(config.seed)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
-    callbacks: list[TrainerCallback] = [metrics]
+    callbacks: list[TrainerCallback] = [metrics, *stage.callbacks(model, setup)]
     if config.report_to:
         callbacks.append(EndOfReport())
     if train.stop_at_accuracy:
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
-    if config.stage1.noise_scale and isinstance(model, Stage1Model):
-        callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
-    if name == "coconut" and config.coconut.reset_optimizer:
-        callbacks.append(ForgetMoments(config.coconut))
     trainer = LatentTrainer(
         model=model,
         args=_arguments(train, step.directory, config, deepspeed),
@@ -112,7 +113,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
         callbacks=callbacks,
-        weights=stage.weights(config),
+        weights=stage.terms(setup),
         end_id=work.spec.end_think_ids[0],
         evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
         sampler=sampler,
@@ -135,7 +136,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
             raise
     zero.end(config.launch)
     if trainer.is_world_process_zero():
-        _finish(trainer, stage, work, step, metrics.elapsed())
+        _finish(trainer, stage, setup, step, metrics.elapsed())
     trainer.accelerator.wait_for_everyone()
     if interruption.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
@@ -153,19 +154,21 @@ def _has_ended(checkpoint: str, train: TrainConfig) -> bool:
     return state.global_step >= state.max_steps or converged
 
 
-def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSampler | TokenBatchSampler:
+def _sampler(
+    stage: Stage, setup: Setup, curriculum: Curriculum | None, work: Workspace
+) -> LengthBucketSampler | TokenBatchSampler:
     # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
-    data, seed = work.data["train"], work.config.seed
+    data, seed, train = work.data["train"], work.config.seed, setup.train
     per_step = train.accumulation * processes().num_processes
     sampler: LengthBucketSampler | TokenBatchSampler
     if train.max_tokens:
-        lengths = STAGES[name].lengths(data, work)
-        sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, SECTIONS[name])
+        lengths = stage.lengths(data, setup)
+        sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
         sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
-    if name == "coconut":
+    if curriculum is not None:
         total = train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
-        sampler.number = numbered(len(data), total, work.config.coconut, seed)
+        sampler.number = curriculum.number(len(data), total, seed)
     return sampler
 
 
@@ -216,7 +219,7 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
     )
 
 
-def _finish(trainer: LatentTrainer, stage: Stage, work: Workspace, step: Step, seconds: float) -> None:
+def _finish(trainer: LatentTrainer, stage: Stage, setup: Setup, step: Step, seconds: float) -> None:
     """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
 
     So it does not matter how the trained model is spread over processes and devices.
@@ -224,11 +227,11 @@ def _finish(trainer: LatentTrainer, stage: Stage, work: Workspace, step: Step, s
     state = trainer.state
     best = step.directory / f"checkpoint-{state.best_global_step}"
     saved = best if best.is_dir() else Path(str(last_checkpoint(step.directory)))
-    model = stage.build(work)
+    model = stage.model(setup)
     model.load_state_dict(load_file(saved / SAFE_WEIGHTS_NAME), strict=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    stage.save(model, work, step.final)
+    stage.save(model, setup, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
         steps=state.global_step,

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from latent_sft.config.schema import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import DataConfig, EvalConfig, ExportConfig, ModelConfig
 from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError
 from latent_sft.export.card import CardFacts, facts_of_run, model_card, prompt_code

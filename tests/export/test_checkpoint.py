@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError, ExportError
 from latent_sft.export import checkpoint as checkpoint_module
 from latent_sft.export.checkpoint import export_checkpoint, export_run, is_export

@@ -19,7 +19,7 @@ from export.conftest import THOUGHTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError, ConfigError, ExportError
 from latent_sft.export.checkpoint import export_checkpoint, export_run, generate_source

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.methods.latent_sft import load_stage1, stage1_batch
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
-from latent_sft.train.stages import load_stage1
 from latent_sft.workspace import Workspace
 
 STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
@@ -211,7 +210,7 @@ def test_a_lost_process_is_said():
 
 def test_every_logged_tag_is_documented(tiny_config):
     config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
-    from latent_sft.inference.label import make_labels
+    from latent_sft.stores import make_labels
 
     folders = [train_stage(config, "stage1-union").directory]
     make_labels(config)
@@ -282,7 +281,9 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
         losses.append(logged(train_stage(config, "stage1-union").directory, "train/loss"))
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
-    model = load_stage1(Workspace(config), Path(config.directory) / "stage1-union" / "final").eval()
+    model = load_stage1(
+        Path(config.directory) / "stage1-union" / "final", config.model, Workspace(config).spec, "auto"
+    ).eval()
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])

@@ -15,9 +15,10 @@ import pytest
 from conftest import TINY
 
 import latent_sft.train.run as run
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
-from latent_sft.config.schema import SECTIONS, Config
-from latent_sft.inference.label import make_labels
+from latent_sft.methods import SECTIONS
+from latent_sft.stores import make_labels
 from latent_sft.train.run import train_stage
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
