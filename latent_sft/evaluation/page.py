@@ -27,9 +27,7 @@ CAUSAL_NOTE = (
 )
 LATENT_NOTE = (
     "Entropy of a latent's kept weights; 0 is an ordinary token. ECR@K: tokens of its own span of the gold CoT that a "
-    "latent has among its K largest entries; the paper's formula is not known, this one is reconstructed, and so is "
-    "the Top-2 score. N_eff is largest where all solution paths fit equally badly, so read its ratio to random "
-    "matchings.\n"
+    "latent has among its K largest entries; the paper's formula is not known, this one is reconstructed.\n"
 )
 
 

@@ -46,12 +46,6 @@ def latent_table(results: Sequence[Mapping[str, Any]]) -> Table:
         ("top-1 is </think> %", lambda r: percent(r.get("end_top1_share"))),
         *((f"ECR@{k}", lambda r, k=k: number((r.get("ecr") or {}).get(str(k)), 2)) for k in ks),
     ]
-    if any("n_eff" in r for r in rows):
-        columns += [
-            ("N_eff", lambda r: number(r.get("n_eff"), 2)),
-            ("N_eff / random", lambda r: number(r.get("n_eff_score"), 2)),
-            ("Top-2", lambda r: number(r.get("top2_score"), 2)),
-        ]
     return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
 
 
