@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -156,6 +157,15 @@ def test_json_and_markdown_hold_the_same_numbers(run_dir):
     assert "| no-cot | test | 3" not in markdown.partition("Is the reasoning used?")[2]  # it has none
     assert "reconstructed" in markdown and "ECR@10" in markdown
     assert (run_dir / "report" / "accuracy_vs_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_every_table_of_the_markdown(run_dir, html):
+    lines = [line for line in (run_dir / "report" / "report.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [[escape(cell) for cell in line[2:-2].split(" | ")] for line in lines if not line.startswith("| ---")]
+    assert len(rows) == (1 + 8) + (1 + 3) + (1 + 4)  # results, interventions on test, latents
+    for row in rows:
+        tag = "th" if row[0] == "model" else "td"
+        assert "".join(f"<{tag}>{cell}</{tag}>" for cell in row) in html
 
 
 @pytest.mark.parametrize(("source", "seconds"), [("base", 5.0), ("cot", 12.0)])
