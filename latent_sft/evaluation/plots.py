@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from latent_sft.evaluation.results import MODELS, Row
+from latent_sft.evaluation.results import MODELS, Row, role_of
 
 _SPARE = ("#4f5b93", "#93274a", "#7f9c2e", "#c76aa0", "#2f7f8f", "#a8843c")
 # of an accuracy after an intervention; the first is the untouched one
@@ -49,13 +49,16 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
     """Plot accuracy against a cost, one panel per split, one labelled point with error bar per model.
 
     Args:
-        rows: with `model, split, accuracy, accuracy_se` and the key; error bars are one standard error.
+        rows: with `model, kind, split, accuracy, accuracy_se` and the key; error bars are one standard error.
         key: of AGAINST.
     """
+    colours = colours_of(rows)
     rows = [r for r in rows if r.get(key) is not None]
+    if key != STEPS:  # the passes of a gold path leave out those of its encoder, and what that has read
+        rows = [r for r in rows if role_of(r["kind"]) != "gold"] or rows
     if not rows:
         return None
-    colours, splits, costs = colours_of(rows), list(dict.fromkeys(r["split"] for r in rows)), [r[key] for r in rows]
+    splits, costs = list(dict.fromkeys(r["split"] for r in rows)), [r[key] for r in rows]
     label, logarithmic = AGAINST[key]
     figure = Figure(figsize=(max(6.4, 4.8 * len(splits)), 3.8), layout="constrained")
     panels = dict(zip(splits, figure.subplots(1, len(splits), sharex=True, sharey=True, squeeze=False)[0], strict=True))

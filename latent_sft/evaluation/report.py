@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from latent_sft.config.schema import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.results import MODELS, Row, Run, collect, read_run, role_of, rows_of
+from latent_sft.evaluation.results import MODELS, Row, Run, collect, read_run, rows_of
 from latent_sft.evaluation.tables import (
     Table,
     accuracy,
@@ -98,14 +98,13 @@ def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: R
         run: where there is one run only: its training curves and latents.
     """
     first = [r for r in rows if r["split"] == rows[0]["split"]]
-    # the passes of a gold path leave out those of its encoder, and what that has read
-    fair = [r for r in rows if role_of(r["kind"]) != "gold"] or rows
-    costly = []
-    for key, file in costs.items():
-        figure = plots.accuracy_against(rows if key == plots.STEPS else fair, key)
-        costly.append(Picture(figure, f"Accuracy against {plots.AGAINST[key][0]}.", file))
+    costly = [
+        Picture(plots.accuracy_against(rows, key), f"Accuracy against {plots.AGAINST[key][0]}.", file)
+        for key, file in costs.items()
+    ]
     by_steps = Picture(plots.accuracy_by_cot_steps(first), f"Accuracy by steps of the gold CoT, {first[0]['split']}.")
-    caption = f"Accuracy after each intervention, {first[0]['split']}, with one standard error."
+    spread = "with one standard error" if run else "mean over seeds"
+    caption = f"Accuracy after each intervention, {first[0]['split']}, {spread}."
     bars = Picture(plots.interventions(first), caption, "" if run else "interventions.png")
     training, latents = [], {}
     if run:

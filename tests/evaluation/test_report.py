@@ -233,6 +233,24 @@ def test_labels_of_near_points_do_not_overlap():
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
 
 
+def test_a_gold_path_costs_more_than_it_shows_and_a_colour_is_the_same_everywhere():
+    rows = [
+        {
+            "model": m,
+            "kind": k,
+            "split": "test",
+            "accuracy": 0.5,
+            "forward_passes_mean": 3.0,
+            "reasoning_steps_mean": 2.0,
+        }
+        for m, k in (("r2/stage1", "stage1"), ("r2", "latent-sft"), ("r4", "latent-sft"))
+    ]
+    colours = plots.colours_of(rows)
+    for key, names in ((plots.PASSES, ["r2", "r4"]), (plots.STEPS, ["r2/stage1", "r2", "r4"])):
+        texts = plots.accuracy_against(rows, key).axes[0].texts
+        assert {text.get_text().split()[0]: text.get_color() for text in texts} == {n: colours[n] for n in names}
+
+
 def test_figures_are_reproducible():
     rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "reasoning_steps_mean": 3.0}]
     first, second = (plots.to_bytes(plots.accuracy_against(rows), "svg") for _ in range(2))
