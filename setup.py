@@ -34,7 +34,11 @@ setup(
     # only latent_sft: `configs`, `eval`, `launch` and `tests` are far too generic to be importable names
     packages=[*find_packages(include=["latent_sft*"]), "latent_sft.presets"],
     package_dir={"latent_sft.presets": "configs"},
-    package_data={"latent_sft": ["py.typed"], "latent_sft.presets": ["*.yaml"]},
+    package_data={
+        "latent_sft": ["py.typed"],
+        "latent_sft.evaluation": ["templates/*"],
+        "latent_sft.presets": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
     install_requires=[
         "torch>=2.6",

@@ -225,7 +225,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     config = _load(args)
     if config.compare.variants:
-        from latent_sft.evaluation.compare import write_comparison
+        from latent_sft.evaluation.report import write_comparison
         from latent_sft.variants import jobs_of
 
         print(write_comparison(config, jobs_of(*_file(args))))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import STOPPED, ArtefactError, Interrupted, TrainingError
-from latent_sft.evaluation.compare import write_comparison
+from latent_sft.evaluation.report import write_comparison
 from latent_sft.launcher import bound_environ, exit_status
 from latent_sft.reuse import reuse_steps
 from latent_sft.runs import exclusive, write_atomically

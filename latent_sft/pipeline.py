@@ -13,6 +13,7 @@ from latent_sft.config.load import to_yaml
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
+from latent_sft.evaluation.tables import result_table
 from latent_sft.export.checkpoint import export_run
 from latent_sft.launcher import bound_environ, build_command, start
 from latent_sft.methods import STAGES
@@ -138,23 +139,13 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
 
 def _show(summary: dict[str, Any], report: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{summary['name']}, seed {summary['seed']}, {summary['split']} split")
-    for column in ("model", "accuracy", "problems", "steps", "training", "examples"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for name, row in summary.items():
-        if isinstance(row, dict):
-            table.add_row(
-                name,
-                f"{row['accuracy']:.1%} ± {row['accuracy_se'] or 0:.1%}",
-                str(row["num_examples"]),
-                f"{row['reasoning_steps_mean']:.1f}",
-                f"{row['train_seconds']:.0f} s",
-                f"{row['examples_seen']:,}",
-            )
+    rows = [r for r in read_json(report.with_suffix(".json"))["results"] if r["split"] == summary["split"]]
+    problems = f"{max(r['num_examples'] for r in rows):,} problems of the {summary['split']} split"
+    title = f"{summary['name']}, seed {summary['seed']}, {problems}"
+    columns = ("model", "accuracy %", "reasoning steps", "train time", "examples seen")
     console = Console()
-    console.print(table)
+    console.print(result_table(rows).terminal(title, columns))
     console.print(f"total {summary['total_seconds'] / 60:.1f} min; report: {report}", soft_wrap=True)
 
 

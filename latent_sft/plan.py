@@ -40,7 +40,7 @@ def models_of(config: Config) -> dict[str, list[str]]:
 
 def exported(config: Config) -> dict[str, str]:
     """Return the latent reasoners of an experiment, each with the folder of its export: the first one is `export`."""
-    names = [name for name in models_of(config) if MODELS[name].exported]
+    names = [name for name in models_of(config) if MODELS[name].role == "latent"]
     return {name: f"export-{name}" if number else "export" for number, name in enumerate(names)}
 
 

@@ -1,61 +1,56 @@
-"""The report of a run, from its result files alone: `report.json`, `report.md`, `report.html` and one picture.
+"""The report of one run, or of a comparison of many: rows -> sections of tables and figures -> `templates/`.
 
-Reads
-    <run>/eval/<model>/<split>.json   {"model", "split", "summary", "problems"}, the last two from `score.score`
-    <run>/<stage>/manifest.json       train_seconds, examples_seen (where the stage was trained)
-    <run>/<stage>/metrics.jsonl       one object a line: {"step": 20, "train/loss": 1.5, "eval/accuracy": 0.8, ...}
-    <run>/config.yaml                 shown, and asked which stages start from the cot stage
 Writes
-    <run>/report/report.html          one file, opens from disk, nothing loaded from elsewhere
-    <run>/report/report.md            the tables
-    <run>/report/report.json          {"title", "run", "results": [...], "stages": {...}}; a result is its summary plus
-                                      model, split, train_seconds, examples_seen
-    <run>/report/accuracy_vs_steps.png
+    <run>/report/report.html, <run>/comparison.html   one file, opens from disk, nothing loaded from elsewhere
+    <run>/report/report.md, <run>/comparison.md       the tables, and beside them the pictures that they show
+    <run>/report/report.json                          {"title", "run", "results": rows, "stages": manifests by name}
+    <run>/comparison.json                             {"title", "split", "rows": of `results.rows_of`, "missing"}
 """
 
 from __future__ import annotations
 
-import json
-import math
+import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
-from latent_sft.evaluation import page, plots
-from latent_sft.evaluation.tables import intervention_table, latent_table, markdown, result_table
-from latent_sft.methods import MODELS, STAGES
-from latent_sft.runs import MANIFEST, read_json, write_atomically, write_json
+from latent_sft.evaluation import plots
+from latent_sft.evaluation.results import Row, Run, collect, read_run, rows_of
+from latent_sft.evaluation.tables import (
+    Table,
+    accuracy,
+    difference_table,
+    duration,
+    intervention_table,
+    latent_table,
+    result_table,
+)
+from latent_sft.methods import MODELS
+from latent_sft.runs import write_atomically, write_json
+from latent_sft.variants import Job
 
-SPLITS = ("test", "validation")
-_STAGE1 = ("stage1-encoder", "stage1-decoder", "stage1-union")
-STAGES_OF = {"stage1": _STAGE1, "latent-sft": (*_STAGE1, "stage2"), "soft-thinking": ("cot",)}
-"""Models that are not the outcome of the one stage of their name."""
-PICTURE = "accuracy_vs_steps.png"
+
+class Picture(NamedTuple):
+    """A figure; with a file name it is also written as a PNG, for the Markdown."""
+
+    figure: Figure | None
+    caption: str
+    file: str = ""
+    title: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything the report says about a run.
+class Section(NamedTuple):
+    """A part of the report, with its name in `templates/notes.jinja`; `latents`: records of problems by model."""
 
-    Attributes:
-        directory: run directory.
-        results: one a model and split: its summary plus `model, split, train_seconds, examples_seen`.
-        problems: records of the problems by (model, split).
-        stages: manifest by trained stage.
-        curves: by stage, by tag: `(step, value)` pairs.
-        config: text of the configuration, may be empty.
-    """
-
-    directory: Path
-    results: Sequence[Mapping[str, Any]]
-    problems: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
-    stages: Mapping[str, Mapping[str, Any]]
-    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
-    config: str
+    name: str
+    table: Table = Table([], [])
+    pictures: Sequence[Picture] = ()
+    latents: Mapping[str, Sequence[Row]] = {}
 
 
 def write_report(run_dir: str | Path, *, title: str) -> Path:
@@ -69,104 +64,108 @@ def write_report(run_dir: str | Path, *, title: str) -> Path:
         ArtefactError: no evaluation results, or a damaged result file.
     """
     run = read_run(Path(run_dir))
-    out = run.directory / "report"
-    picture = plots.accuracy_against(run.results)
-    figures = {stage: plots.training_curves(curves) for stage, curves in run.curves.items()}
-    first = [r for r in run.results if r["split"] == run.results[0]["split"]]
-    others = {"by_steps": plots.accuracy_by_cot_steps(first), "interventions": plots.interventions(first)}
-    if any(r.get("forward_passes_mean") for r in run.results):
-        others["passes"] = plots.accuracy_against(run.results, "forward_passes_mean")
-    write_atomically(out / PICTURE, plots.to_bytes(picture, "png"))
-    write_json(
-        out / "report.json", {"title": title, "run": str(run.directory), "results": run.results, "stages": run.stages}
-    )
-    write_atomically(out / "report.md", _markdown(run, title))
-    html = page.render(
-        title=title,
-        results=run.results,
-        problems=run.problems,
-        pictures={
-            "accuracy": plots.to_bytes(picture, "svg"),
-            **{name: plots.to_bytes(figure, "svg") for name, figure in {**others, **figures}.items() if figure},
-        },
-        stages=run.stages,
-        config=run.config,
-    )
-    write_atomically(out / "report.html", html)
-    return out / "report.html"
+    rows = [evaluation.row for evaluation in run.evaluations]
+    stem = Path(run_dir) / "report" / "report"
+    write_json(stem.with_suffix(".json"), {"title": title, "run": str(run_dir), "results": rows, "stages": run.stages})
+    sections = sections_of("run", rows, {plots.STEPS: "accuracy_vs_steps.png", plots.PASSES: ""}, run)
+    return _write(stem, title, rows, sections, config=run.config)
 
 
-def read_run(directory: Path) -> Run:
-    """Read what the report is made from.
+def write_comparison(config: Config, jobs: Sequence[Job]) -> Path:
+    """Write the comparison of those jobs that are finished and return the path of `comparison.html`.
 
     Raises:
-        ArtefactError: no evaluation results, or a damaged file.
+        ArtefactError: no job is finished.
     """
-    config = (directory / "config.yaml").read_text(encoding="utf-8") if (directory / "config.yaml").exists() else ""
-    stages = {s: read_json(directory / s / MANIFEST) for s in STAGES if (directory / s / MANIFEST).exists()}
-    settings = yaml.safe_load(config) or {}
-    results, problems = [], {}
-    for path in (directory / "eval").glob("*/*.json"):
-        found = read_json(path)
-        if not isinstance(found, dict) or {"model", "split", "summary"} - found.keys():
-            if path.name == MANIFEST:  # of the evaluation step itself
-                continue
-            raise ArtefactError(f"{path}: not an evaluation result; delete it and run latent-sft eval again.")
-        model, split = found["model"], found["split"]
-        led = _led_to(model, settings)
-        cost = {key: _total(stages, led, key) for key in ("train_seconds", "examples_seen")}
-        results.append({"model": model, "split": split, **found["summary"], **cost})
-        problems[model, split] = found.get("problems", [])
-    if not results:
-        raise ArtefactError(f"{directory / 'eval'}: no evaluation results; run latent-sft eval first.")
-    results.sort(key=lambda r: (_rank(r["split"], SPLITS), _rank(r["model"], list(MODELS))))
-    curves = {s: read_curves(p) for s in STAGES if (p := directory / s / "metrics.jsonl").exists()}
-    return Run(directory=directory, results=results, problems=problems, stages=stages, curves=curves, config=config)
+    done = [job for job in jobs if job.is_finished()]
+    if not done:
+        raise ArtefactError(f"{config.directory}: no finished run to compare; `latent-sft run` makes them.")
+    rows = rows_of(collect(done), resamples=config.compare.bootstrap)
+    missing = [{"run": job.name, "console": str(job.console)} for job in jobs if job not in done]
+    stem = Path(config.directory) / "comparison"
+    found = {"title": config.name, "split": rows[0]["split"], "rows": rows, "missing": missing}
+    write_json(stem.with_suffix(".json"), found)
+    files = {plots.PASSES: "accuracy-vs-forward-passes.png", plots.SECONDS: "accuracy-vs-seconds.png"}
+    return _write(stem, config.name, rows, sections_of("comparison", rows, files), missing=missing)
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return `(step, value)` pairs by tag from a metrics file, in the order of steps.
+def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: Run | None = None) -> list[Section]:
+    """Return the sections that have something to show.
 
-    A resumed run repeats steps: the last value counts. A line cut by a kill is left out, as are values that are not
-    finite.
+    Args:
+        name: of the first one.
+        rows: of a run or of a comparison.
+        costs: what accuracy is plotted against, with the names of the PNG files.
+        run: where there is one run only: its training curves and latents.
     """
-    found: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            step = values.pop("step")
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            continue
-        for tag, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                found.setdefault(tag, {})[step] = value
-    return {tag: sorted(points.items()) for tag, points in found.items()}
+    first = [r for r in rows if r["split"] == rows[0]["split"]]
+    costly = [
+        Picture(plots.accuracy_against(rows, key), f"Accuracy against {plots.AGAINST[key][0]}.", file)
+        for key, file in costs.items()
+    ]
+    by_steps = Picture(plots.accuracy_by_cot_steps(first), f"Accuracy by steps of the gold CoT, {first[0]['split']}.")
+    spread = "with one standard error" if run else "mean over seeds"
+    caption = f"Accuracy after each intervention, {first[0]['split']}, {spread}."
+    bars = Picture(plots.interventions(first), caption, "" if run else "interventions.png")
+    training, latents = [], {}
+    if run:
+        for stage, curves in run.curves.items():
+            seconds, examples = (run.stages[stage].get(key, 0) for key in ("train_seconds", "examples_seen"))
+            caption = f"{duration(seconds)}, {examples:,} training examples seen."
+            training.append(Picture(plots.training_curves(curves), caption, title=stage))
+        shown = {e.row["model"]: [p for p in e.problems if p.get("latents")] for e in run.evaluations[: len(first)]}
+        latents = {model: problems for model, problems in shown.items() if problems}
+    sections = [
+        Section(name, result_table(rows)),
+        Section("differences", difference_table(rows)),
+        Section("cost", pictures=costly),
+        Section("difficulty", pictures=[by_steps]),
+        Section("interventions", intervention_table(rows), [bars]),
+        Section("training", pictures=training),
+        Section("latents", latent_table(rows), latents=latents),
+    ]
+    sections = [s._replace(pictures=[p for p in s.pictures if p.figure]) for s in sections]
+    return [s for s in sections if s.table.rows or s.pictures]
 
 
-def _led_to(model: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    # a model costs every stage that led to it
-    stages = STAGES_OF.get(model, (model,))
-    section = settings.get("stage1" if model in ("stage1", "latent-sft") else model) or {}
-    return ("cot", *stages) if section.get("init") == "cot" else stages
+def _write(stem: Path, title: str, rows: Sequence[Row], sections: Sequence[Section], **more: Any) -> Path:
+    """Write the Markdown with its pictures, and the page; return the path of the page."""
+    first = [r for r in rows if r["split"] == rows[0]["split"]]
+    sizes = sorted({r["num_examples"] for r in first})
+    seeds = sorted({seed for r in rows for seed in r.get("seeds", ())})
+    subtitle = f"{first[0]['split']} split, {' to '.join(f'{n:,}' for n in sorted({sizes[0], sizes[-1]}))} problems"
+    named = {kind: [r["model"] for r in first if r["kind"] == kind] for kind in MODELS}
+    for picture in (p for section in sections for p in section.pictures if p.file):
+        write_atomically(stem.parent / picture.file, plots.to_bytes(picture.figure, "png"))
+    environment = Environment(
+        loader=PackageLoader("latent_sft.evaluation"),
+        autoescape=lambda name: name == "report.html.jinja",
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"svg": _svg, "visible": _visible}
+    for ending in ("md", "html"):
+        text = environment.get_template(f"report.{ending}.jinja").render(
+            title=title,
+            subtitle=subtitle + (f", seeds {', '.join(map(str, seeds))}" if seeds else ""),
+            cards=first,
+            models=[f"{', '.join(names)}: {MODELS[kind].meaning}" for kind, names in named.items() if names],
+            colours=plots.colours_of(rows),
+            accuracy=accuracy,
+            sections=sections,
+            html=f"{stem.name}.html",
+            **{"missing": (), "config": "", **more},
+        )
+        write_atomically(stem.with_suffix(f".{ending}"), text)
+    return stem.with_suffix(".html")
 
 
-def _total(stages: Mapping[str, Any], names: Sequence[str], key: str) -> float | None:
-    values = [stages[name][key] for name in names if name in stages and stages[name].get(key) is not None]
-    return sum(values) if values else None
+def _svg(figure: Figure) -> str:
+    return base64.b64encode(plots.to_bytes(figure, "svg")).decode()
 
 
-def _rank(name: str, order: Sequence[str]) -> tuple[int, str]:
-    return (order.index(name) if name in order else len(order), name)
-
-
-def _markdown(run: Run, title: str) -> str:
-    parts = [f"# {title}\n", markdown(result_table(run.results)), page.COST_NOTE]
-    parts.append(f"![accuracy against reasoning length]({PICTURE})\n")
-    changed = intervention_table(run.results)
-    if changed[1]:
-        parts += ["## Is the reasoning used?\n", markdown(changed), page.CAUSAL_NOTE]
-    latents = latent_table(run.results)
-    if latents[1]:
-        parts += ["## Latents\n", markdown(latents), page.LATENT_NOTE]
-    parts.append("Training curves and what the latents say: `report.html`.\n")
-    return "\n".join(parts)
+def _visible(text: str) -> str:
+    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    return shown if shown.strip() else "␣" * max(1, len(shown))

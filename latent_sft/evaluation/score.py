@@ -13,15 +13,7 @@ import torch
 
 from latent_sft.evaluation.answers import Grader, extract_answer, is_correct
 from latent_sft.method.layout import split_cot
-from latent_sft.method.metrics import (
-    SolutionPath,
-    ecr_at_k,
-    largest,
-    pass_at_k,
-    path_scores,
-    standard_error,
-    top2_score,
-)
+from latent_sft.method.metrics import ecr_at_k, largest, pass_at_k, standard_error
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import LatentSpec, Superposition
 
@@ -43,7 +35,6 @@ def score(
     wall_seconds: float,
     samples_per_problem: int = 1,
     heatmap_problems: int = 4,
-    paths: Mapping[str, Sequence[SolutionPath]] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Grade decoded samples and count what they cost.
 
@@ -56,7 +47,6 @@ def score(
         wall_seconds: of decoding them all.
         samples_per_problem: S.
         heatmap_problems: the first sample of so many problems carries its latents.
-        paths: several solution paths by problem id, for N_eff and the top-2 score; None leaves these out.
 
     Returns:
         `(summary, problems)`. The summary has, where defined: `accuracy` (mean over all samples), `accuracy_se` (over
@@ -64,7 +54,7 @@ def score(
         tokens), `{latent_steps,explicit_tokens,answer_tokens,forward_passes}_{mean,max}`, `finished_share`,
         `seconds_per_problem`, `pass_at` {k: value}, `accuracy_by_steps` {number of CoT steps: {accuracy,
         accuracy_se, num_examples}}; and for latent thinking `latent_entropy_mean` (nats), `end_top1_share` (latents
-        whose top-1 is the first token of `</think>`), `ecr` {K: value}, `n_eff`, `n_eff_score`, `top2_score`.
+        whose top-1 is the first token of `</think>`), `ecr` {K: value}.
         One record of `problems` a sample, in order; see `_record`.
 
     Raises:
@@ -109,7 +99,6 @@ def score(
         },
         "accuracy_by_steps": _by_steps([len(row.get("steps") or ()) for row in rows], shares),
         **_latent_numbers(decoded, rows, spec, samples_per_problem),
-        **(_path_numbers(decoded, rows, paths, samples_per_problem) if paths else {}),
     }
     return summary, problems
 
@@ -179,29 +168,6 @@ def _latent_numbers(
             for k in sorted({*ECR_K, kept})
             if k <= kept
         },
-    }
-
-
-def _path_numbers(
-    decoded: Sequence[Decoded],
-    rows: Sequence[Mapping[str, Any]],
-    paths: Mapping[str, Sequence[SolutionPath]],
-    samples_per_problem: int,
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for number, sample in enumerate(decoded):
-        known = paths.get(rows[number // samples_per_problem]["id"], ())
-        several = len({tuple(path.tokens) for path in known}) >= 2
-        if several and sample.latent_ids is not None and sample.latent_ids.shape[0] > 0:
-            found.append(path_scores(_latents(sample), known, generator=generator))
-    if not found:
-        return {}
-    return {
-        "n_eff": _mean([f.n_eff for f in found]),
-        "n_eff_score": _mean([f.score for f in found]),
-        "top2_score": _mean([top2_score(f.posterior) for f in found]),
-        "n_eff_samples": len(found),
     }
 
 

@@ -1,125 +1,153 @@
-"""The tables of the report as text cells; the HTML, the Markdown and the terminal show the same ones."""
+"""The tables of a report as text cells, computed once: the HTML, the Markdown and the terminal show the same ones.
+
+A column or a row that holds nothing is left out, so the same tables serve one run and a comparison.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-Table = tuple[list[str], list[list[str]]]
+from latent_sft.evaluation.results import Row
+
+if TYPE_CHECKING:
+    import rich.table
+
+Column = tuple[str, Callable[[Row], str]]
 NONE = "–"
 
 
-def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Return header and rows of the main table: models x splits, accuracy and every cost apart.
+class Table(NamedTuple):
+    """Header and rows of text cells; the first two columns are aligned left."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def terminal(self, title: str, columns: Sequence[str]) -> rich.table.Table:
+        """Return those of the columns that it has, for a terminal."""
+        from rich.table import Table as RichTable
+
+        shown = RichTable(title=title)
+        kept = [i for i, name in enumerate(self.header) if name in columns]
+        for i in kept:
+            shown.add_column(self.header[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for row in self.rows:
+            shown.add_row(*(row[i] for i in kept))
+        return shown
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    """Return the main table: accuracy, and every cost apart.
 
     Args:
-        results: as in `report.json`; what a row lacks is shown as a dash.
+        rows: as in `report.json` or `comparison.json`.
     """
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("model", lambda r: r["model"]),
-        ("split", lambda r: r["split"]),
+    ks = sorted({int(k) for r in rows for k in r.get("pass_at") or {} if int(k) > 1})
+    return _table(
+        rows,
+        ("seeds", _value("seeds", lambda seeds: " ".join(map(str, seeds)))),
         ("accuracy %", accuracy),
-        ("n", lambda r: f"{r['num_examples']:,}"),
-        ("reasoning steps", lambda r: number(r.get("reasoning_steps_mean"), 1)),
-        ("answer tokens", lambda r: number(r.get("answer_tokens_mean"), 1)),
-        ("forward passes", lambda r: number(r.get("forward_passes_mean"), 1)),
-        ("finished %", lambda r: percent(r.get("finished_share"))),
-        ("s / problem", lambda r: number(r.get("seconds_per_problem"), 4)),
-        ("train time", lambda r: duration(r.get("train_seconds"))),
-        ("examples seen", lambda r: number(r.get("examples_seen"), 0)),
-    ]
-    for k in sorted({int(k) for r in results for k in r.get("pass_at") or {} if int(k) > 1}):
-        columns.append((f"pass@{k} %", lambda r, k=k: percent((r.get("pass_at") or {}).get(str(k)))))
-    return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in results]
+        ("by seed", _value("accuracy_by_seed", lambda found: " ".join(map(percent, found.values())))),
+        ("n", _value("num_examples", "{:,}".format)),
+        ("reasoning steps", _value("reasoning_steps_mean", "{:,.1f}".format)),
+        ("answer tokens", _value("answer_tokens_mean", "{:,.1f}".format)),
+        ("forward passes", _value("forward_passes_mean", "{:,.1f}".format)),
+        ("finished %", _value("finished_share", percent)),
+        ("s / problem", _value("seconds_per_problem", "{:,.4f}".format)),
+        ("train time", _value("train_seconds", duration)),
+        ("examples seen", _value("examples_seen", "{:,.0f}".format)),
+        *((f"pass@{k} %", _value(f"pass_at.{k}", percent)) for k in ks),
+    )
 
 
-def latent_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Return header and rows of what the latents hold, for the models that think in latents."""
-    rows = [r for r in results if r.get("latent_entropy_mean") is not None]
-    ks = sorted({int(k) for r in rows for k in r.get("ecr") or {}})
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("model", lambda r: r["model"]),
-        ("split", lambda r: r["split"]),
-        ("latents, mean", lambda r: number(r.get("latent_steps_mean"), 1)),
-        ("max", lambda r: number(r.get("latent_steps_max"), 0)),
-        ("entropy (nats)", lambda r: number(r.get("latent_entropy_mean"), 2)),
-        ("top-1 is </think> %", lambda r: percent(r.get("end_top1_share"))),
-        *((f"ECR@{k}", lambda r, k=k: number((r.get("ecr") or {}).get(str(k)), 2)) for k in ks),
-    ]
-    if any("n_eff" in r for r in rows):
-        columns += [
-            ("N_eff", lambda r: number(r.get("n_eff"), 2)),
-            ("N_eff / random", lambda r: number(r.get("n_eff_score"), 2)),
-            ("Top-2", lambda r: number(r.get("top2_score"), 2)),
-        ]
-    return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
+def difference_table(rows: Sequence[Row]) -> Table:
+    """Return the paired differences of a comparison, in points with their intervals."""
+    best = next((r["model"] for r in rows if r.get("best")), "")
+    return _table(
+        rows,
+        ("against CoT", _value("against_cot", interval)),
+        (f"against {best}, the best latent method", _value("against_best", interval)),
+    )
 
 
-def intervention_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Return header and rows of what changes with changed thoughts, and of how well they agree with the gold CoT."""
-    rows = [r for r in results if r.get("interventions") or r.get("gold_recall") is not None]
-    names = [
-        n for n in ("zero", "mean", "shuffle", "truncate") if any(n in (r.get("interventions") or {}) for r in rows)
-    ]
-
-    def cell(row: Mapping[str, Any], name: str) -> str:
-        found = (row.get("interventions") or {}).get(name)
-        return NONE if found is None else f"{percent(found['accuracy'])} ({interval(found)})"
-
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("model", lambda r: r["model"]),
-        ("split", lambda r: r["split"]),
-        ("as decoded %", lambda r: percent((r.get("interventions") or {}).get("given", {}).get("accuracy"))),
-        *((f"{name} %", lambda r, name=name: cell(r, name)) for name in names),
-        ("gold recall %", lambda r: percent(r.get("gold_recall"))),
-        ("by chance %", lambda r: percent(r.get("gold_recall_chance"))),
-        ("top-1 recall %", lambda r: percent(r.get("gold_recall_top1"))),
-        ("by chance %", lambda r: percent(r.get("gold_recall_top1_chance"))),
-    ]
-    return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in rows]
+def intervention_table(rows: Sequence[Row]) -> Table:
+    """Return what changes with changed thoughts, and how well they agree with the gold CoT."""
+    names = dict.fromkeys(name for r in rows for name in r.get("interventions") or {} if name != "given")
+    return _table(
+        rows,
+        ("as decoded %", _value("interventions.given.accuracy", percent)),
+        *(
+            (f"{n} %", _value(f"interventions.{n}", lambda found: f"{percent(found['accuracy'])} ({interval(found)})"))
+            for n in names
+        ),
+        ("gold recall %", _value("gold_recall", percent)),
+        ("by chance %", _value("gold_recall_chance", percent)),
+        ("top-1 recall %", _value("gold_recall_top1", percent)),
+        ("by chance %", _value("gold_recall_top1_chance", percent)),
+    )
 
 
-def interval(found: Mapping[str, Any] | None) -> str:
-    """Return `+1.2 [-0.3, +2.7]`, a `difference` with its `difference_ci`, in points of percent, or a dash."""
-    if not found:
-        return NONE
-    value = f"{100 * found['difference']:+.1f}"
-    if not found.get("difference_ci"):
-        return value
-    low, high = found["difference_ci"]
-    return f"{value} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def latent_table(rows: Sequence[Row]) -> Table:
+    """Return what the latents hold, for the models that think in latents."""
+    rows = [r for r in rows if r.get("latent_entropy_mean") is not None]
+    return _table(
+        rows,
+        ("latents, mean", _value("latent_steps_mean", "{:,.1f}".format)),
+        ("max", _value("latent_steps_max", "{:,.0f}".format)),
+        ("entropy (nats)", _value("latent_entropy_mean", "{:,.2f}".format)),
+        ("top-1 is </think> %", _value("end_top1_share", percent)),
+        *(
+            (f"ECR@{k}", _value(f"ecr.{k}", "{:,.2f}".format))
+            for k in sorted({int(k) for r in rows for k in r.get("ecr") or {}})
+        ),
+    )
 
 
-def accuracy(row: Mapping[str, Any]) -> str:
+def accuracy(row: Row) -> str:
     """Return `97.2 ± 0.5`, in percent with one standard error."""
     error = row.get("accuracy_se")
     return percent(row["accuracy"]) + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
-def percent(value: float | None) -> str:
-    """Return a share in percent, or a dash."""
-    return NONE if value is None else f"{100 * value:.1f}"
+def interval(found: Row) -> str:
+    """Return `+1.2 [-0.3, +2.7]`: a `difference`, with its `difference_ci` where it has one, in points of percent."""
+    ends = ", ".join(f"{100 * end:+.1f}" for end in found.get("difference_ci") or ())
+    return f"{100 * found['difference']:+.1f}" + (f" [{ends}]" if ends else "")
 
 
-def number(value: float | None, digits: int) -> str:
-    """Return a number with thousands separators, or a dash."""
-    return NONE if value is None else f"{value:,.{digits}f}"
+def percent(value: float) -> str:
+    """Return a share in percent."""
+    return f"{100 * value:.1f}"
 
 
-def duration(seconds: float | None) -> str:
-    """Return `45 s`, `3 min 20 s` or `2 h 05 min`, or a dash."""
-    if seconds is None:
-        return NONE
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def duration(seconds: float) -> str:
+    """Return `45 s`, `3 min 20 s` or `2 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def markdown(table: Table) -> str:
-    """Return a table in Markdown; the first two columns are aligned left."""
-    header, rows = table
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+def _value(path: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    """Return the cell of a column: what stands at a dotted path of a row, or a dash."""
+
+    def cell(row: Row) -> str:
+        value: Any = row
+        for key in path.split("."):
+            value = (value or {}).get(key)
+        return NONE if value is None else show(value)
+
+    return cell
+
+
+def _table(rows: Sequence[Row], *columns: Column) -> Table:
+    cells = [[show(row) for _, show in columns] for row in rows]
+    shown = [i for i in range(len(columns)) if any(line[i] != NONE for line in cells)]
+    return Table(
+        ["model", "split", *(columns[i][0] for i in shown)],
+        [
+            [row["model"], row["split"], *(line[i] for i in shown)]
+            for row, line in zip(rows, cells, strict=True)
+            if any(cell != NONE for cell in line)
+        ],
+    )

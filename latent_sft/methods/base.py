@@ -178,23 +178,26 @@ class Model:
 
     Attributes:
         name: in tables and folders.
+        meaning: one line for the report.
         colour: in plots.
+        role: `baseline` (differences are taken to it), `latent` (trained to think in latents, reads nothing but the
+            problem; can be exported), `oracle` (has read the reference CoT), or empty.
         stages: its own training stages; the last that is enabled holds the weights.
         enabled: settings -> whether it is evaluated, where all of `stages` are trained.
         any_stage: whether one of the stages is enough.
         reasons: it thinks before it answers, so that its thoughts can be exchanged.
-        exported: it is a reasoner by latents that `export` can publish.
         identity: settings -> what decides its answers beside weights, spec and `eval`.
         load: folder, `model` section, spec, settings, device -> the model and how it thinks.
     """
 
     name: str
+    meaning: str
     colour: str
+    role: str = ""
     stages: tuple[str, ...]
     enabled: Callable[[Any], bool] = lambda settings: True
     any_stage: bool = False
     reasons: bool = True
-    exported: bool = False
     identity: Callable[[Any], dict[str, Any]] = lambda settings: {}
     load: Callable[[Path, ModelConfig, LatentSpec, Any, torch.device], Thinker] = load_saved
 

@@ -268,5 +268,13 @@ METHOD = Method(
             save=save_with_thoughts,
         ),
     ),
-    models=(Model(name="coconut", colour="#8c6d46", stages=("coconut",), exported=True),),
+    models=(
+        Model(
+            name="coconut",
+            meaning="thinks in hidden states that replaced the CoT step by step",
+            colour="#8c6d46",
+            role="latent",
+            stages=("coconut",),
+        ),
+    ),
 )

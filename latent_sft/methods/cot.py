@@ -90,7 +90,7 @@ METHOD = Method(
         _stage("cot", "explicit", "baseline that writes its reasoning; a starting point where a method's init is cot"),
     ),
     models=(
-        Model(name="no-cot", colour="#7d8590", stages=("no-cot",), reasons=False),
-        Model(name="cot", colour="#2f6fb0", stages=("cot",)),
+        Model(name="no-cot", meaning="answers without reasoning", colour="#7d8590", stages=("no-cot",), reasons=False),
+        Model(name="cot", meaning="writes its reasoning", colour="#2f6fb0", role="baseline", stages=("cot",)),
     ),
 )

@@ -467,8 +467,22 @@ METHOD = Method(
         ),
     ),
     models=(
-        Model(name="stage1", colour="#c98a1b", stages=PHASES, any_stage=True, load=_load_oracle),
-        Model(name="latent-sft", colour="#b3365e", stages=("stage2",), exported=True),
+        Model(
+            name="stage1",
+            meaning="the oracle, whose encoder has read the reference CoT",
+            colour="#c98a1b",
+            role="oracle",
+            stages=PHASES,
+            any_stage=True,
+            load=_load_oracle,
+        ),
+        Model(
+            name="latent-sft",
+            meaning="thinks in mixtures of vocabulary embeddings",
+            colour="#b3365e",
+            role="latent",
+            stages=("stage2",),
+        ),
     ),
     published={  # DJC-GO-SOLO/Latent-SFT at f361814, the code behind arXiv 2510.15522 v2; docs/method.md has the list
         "latent": {

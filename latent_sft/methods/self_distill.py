@@ -430,7 +430,13 @@ def _more_positions(setup: Setup) -> int:
 
 
 def _method(
-    title: str, arxiv: str, paper: str, colour: str, defaults: Callable[[], SelfDistillConfig], meaning: str
+    title: str,
+    arxiv: str,
+    paper: str,
+    colour: str,
+    defaults: Callable[[], SelfDistillConfig],
+    meaning: str,
+    thinks: str,
 ) -> Method:
     name = title.lower()
     stage = Stage(
@@ -455,7 +461,7 @@ def _method(
         settings=name,
         sections={name: defaults},
         stages=(stage,),
-        models=(Model(name=name, colour=colour, stages=(name,), exported=True),),
+        models=(Model(name=name, meaning=thinks, colour=colour, role="latent", stages=(name,)),),
         check=lambda settings, model, stages: settings.check(name),
     )
 
@@ -467,6 +473,7 @@ CODI = _method(
     "#3b8f7a",
     codi,
     "one model as teacher with the CoT and as student with latents; hidden states before the answer agree",
+    "thinks in hidden states, distilled from its own CoT",
 )
 PCCOT = _method(
     "PCCoT",
@@ -475,6 +482,7 @@ PCCOT = _method(
     "#7b5ea7",
     pccot,
     "as codi, with all latents refined at once by Jacobi iterations",
+    "thinks in hidden states refined all at once, distilled from its own CoT",
 )
 KAVA = _method(
     "KaVa",
@@ -483,4 +491,5 @@ KAVA = _method(
     "#d9602b",
     kava,
     "as pccot, and the latents' keys and values follow the teacher's compressed cache",
+    "thinks in hidden states refined all at once, distilled from its own CoT and cache",
 )

@@ -70,6 +70,7 @@ METHOD = Method(
     models=(
         Model(
             name="soft-thinking",
+            meaning="the CoT model, fed mixtures of its likeliest tokens; untrained",
             colour="#5aa5d6",
             stages=("cot",),
             enabled=lambda settings: settings.enabled,

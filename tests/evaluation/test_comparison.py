@@ -11,8 +11,9 @@ import pytest
 
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ArtefactError
-from latent_sft.evaluation.compare import Method, collect, label_methods, rows_of, table_of, write_comparison
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
+from latent_sft.evaluation.report import write_comparison
+from latent_sft.evaluation.results import Evaluation, Method, collect, label_methods, mean_of, rows_of, table_of
 from latent_sft.variants import Job, jobs_of
 
 FILE = """
@@ -41,6 +42,11 @@ FIGURES = {
 }
 
 
+# stage -> what it started from
+SOURCES = {"cot": "base", "stage1-union": "cot", "stage2": "stage1-union", "kava": "base", "no-cot": "base"}
+STAGE_OF = {"stage1": "stage1-union", "latent-sft": "stage2", "soft-thinking": "cot"}
+
+
 def write_run(job: Job, models: list[str]) -> None:
     """Write a finished run: config, summary, evaluations with manifests, and what training cost."""
     job.directory.mkdir(parents=True)
@@ -51,7 +57,6 @@ def write_run(job: Job, models: list[str]) -> None:
         share -= 0.1 * (job.variant == "r4")
         correct = (rng.random(20) < share).tolist()
         made_from = f"{model}-{job.config.seed}" + ("" if model == "cot" else job.variant)
-        made_from = f"cot-{job.config.seed}" if model == "soft-thinking" else made_from
         summary = {
             "accuracy": sum(correct) / 20,
             "accuracy_se": 0.1,
@@ -71,13 +76,13 @@ def write_run(job: Job, models: list[str]) -> None:
         (folder / "test").mkdir(parents=True)
         content = {"model": model, "split": "test", "summary": summary, "problems": problems}
         (folder / "test.json").write_text(json.dumps(content))
-        inputs = {"model": made_from} | ({"soft": {"top_k": 10}} if model == "soft-thinking" else {})
-        manifest = {"status": "finished", "fingerprint": "x", "inputs": inputs}
+        manifest = {"status": "finished", "fingerprint": made_from, "inputs": {"model": STAGE_OF.get(model, model)}}
         (folder / "test" / "manifest.json").write_text(json.dumps(manifest))
     for stage, seconds in (("cot", 60.0), ("stage1-union", 30.0), ("stage2", 10.0), ("kava", 20.0), ("no-cot", 5.0)):
         if job.config.stage(stage).enabled:
             (job.directory / stage).mkdir()
-            manifest = {"status": "finished", "train_seconds": seconds, "examples_seen": 100}
+            manifest = {"status": "finished", "fingerprint": stage, "inputs": {"source": SOURCES[stage]}}
+            manifest |= {"train_seconds": seconds, "examples_seen": 100}
             (job.directory / stage / "manifest.json").write_text(json.dumps(manifest))
     (job.directory / "summary.json").write_text("{}")
 
@@ -103,7 +108,7 @@ def comparison(tmp_path_factory) -> tuple[Path, list[Job]]:
 
 @pytest.fixture(scope="module")
 def rows(comparison) -> dict[str, dict]:
-    found = rows_of(label_methods(collect(comparison[1], "test")), resamples=500)
+    found = rows_of(collect(comparison[1]), resamples=500)
     return {row["model"]: row for row in found}
 
 
@@ -139,7 +144,7 @@ def test_costs_are_means_over_seeds_and_hold_every_stage_that_led_to_a_model(row
     }
     assert rows["r2"]["examples_seen"] == 300
     assert rows["kava"]["interventions"]["zero"]["accuracy"] == pytest.approx(0.05)
-    assert rows["no-cot"]["interventions"] == {} and rows["no-cot"]["gold_recall"] is None
+    assert rows["no-cot"]["interventions"] == {} and "gold_recall" not in rows["no-cot"]
 
 
 def read(jobs: list[Job], variant: str, model: str) -> np.ndarray:
@@ -198,7 +203,7 @@ def test_the_pages_hold_tables_plots_and_what_is_missing(comparison):
     assert len(sources) == 3 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert "Not finished: `kava/seed-1`." in text
     rows = [line for line in text.splitlines() if line.startswith("| kava ")]
-    assert rows[0].startswith("| kava | 0 | ") and "| 6.0 | 3.0 |" in rows[0]
+    assert rows[0].startswith("| kava | test | 0 | ") and "| 20 | 3.0 | 6.0 |" in rows[0]
     for name in ("accuracy-vs-forward-passes.png", "accuracy-vs-seconds.png", "interventions.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
@@ -209,10 +214,29 @@ def test_the_pages_hold_tables_plots_and_what_is_missing(comparison):
 
 def test_a_seed_that_the_first_variant_lacks_comes_from_another_one(comparison):
     jobs = [job for job in comparison[1] if job.name != "baselines/seed-1"]
-    rows = {row["model"]: row for row in rows_of(label_methods(collect(jobs, "test")), resamples=100)}
+    rows = {row["model"]: row for row in rows_of(collect(jobs), resamples=100)}
     assert rows["no-cot"]["seeds"] == [0]
     assert rows["cot"]["seeds"] == [0, 1] and rows["cot"]["variant"] == "baselines"
     assert rows["kava"]["against_cot"]["seeds"] == 2
+
+
+def test_the_same_weights_decoded_otherwise_are_a_row_of_their_own(comparison):
+    job = next(job for job in comparison[1] if job.name == "r4/seed-0")
+    path = job.directory / "eval/cot/test/manifest.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"fingerprint": "cot-0, other max_cot_tokens"}))
+    try:
+        rows = {row["model"]: row for row in rows_of(collect(comparison[1]), resamples=100)}
+    finally:
+        path.write_text(before)
+    assert rows["baselines/cot"]["seeds"] == rows["r4/cot"]["seeds"] == [0, 1]
+
+
+def test_means_are_those_of_numbers_at_any_depth():
+    one = {"a": 1, "b": None, "e": 0.5, "ecr": {"1": 0.25}, "accuracy_se": 0.1, "ci": [0, 1], "grader": "auto"}
+    two = {"a": 2, "b": 3.0, "e": None, "ecr": {"1": 0.75, "5": 1.0}, "accuracy_se": 0.2, "ci": [0, 1]}
+    # of what some lack, over those that have it; errors and intervals do not average
+    assert mean_of([one, two]) == {"a": 1.5, "b": 3.0, "e": 0.5, "ecr": {"1": 0.5, "5": 1.0}}
 
 
 def test_nothing_finished(comparison, tmp_path):
@@ -223,8 +247,11 @@ def test_nothing_finished(comparison, tmp_path):
 
 
 def method(variant: str, model: str, correct: dict[int, dict[str, float]]) -> Method:
-    results = {seed: {"split": "test"} for seed in correct}
-    return Method(variant, model, results, correct, dict.fromkeys(correct, "x"))
+    runs = {}
+    for seed, shares in correct.items():
+        problems = [{"id": name, "correct": share} for name, share in shares.items()]
+        runs[seed] = Evaluation({"model": model, "split": "test"}, problems, "x")
+    return Method(variant, model, runs)
 
 
 def test_labels_are_unique():

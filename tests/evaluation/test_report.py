@@ -1,19 +1,37 @@
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
 
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.report import read_curves, read_run, write_report
-from latent_sft.evaluation.tables import accuracy, duration, number, percent
+from latent_sft.evaluation.report import write_report
+from latent_sft.evaluation.results import read_curves, read_run
+from latent_sft.evaluation.tables import accuracy, duration, percent, result_table
 
 STEPS = {"no-cot": 0.0, "cot": 24.0, "stage1": 12.0, "latent-sft": 12.1}
 ACCURACY = {"no-cot": 0.31, "cot": 0.998, "stage1": 0.996, "latent-sft": 0.982}
 STAGES = ("no-cot", "cot", "stage1-union", "stage2")
 LATENTS = [[["=", 0.71], ["5", 0.2], ["<b>", 0.09]], [[" ", 0.5], ["\n", 0.3], ["|", 0.2]]]
+
+
+def write_evaluation(run, model, split, content, source=""):
+    """Write an evaluation, and the manifest that names the stage whose weights were used."""
+    folder = run / "eval" / model / split
+    folder.mkdir(parents=True)
+    (run / "eval" / model / f"{split}.json").write_text(json.dumps(content))
+    manifest = {"status": "finished", "fingerprint": f"{model} {split}", "inputs": {"model": source, "seed": 0}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_stage(run, stage, source="base", **results):
+    """Write the manifest of a stage that started from another one; its fingerprint is its name."""
+    (run / stage).mkdir()
+    manifest = {"status": "finished", "fingerprint": stage, "inputs": {"step": "x", "source": source}, **results}
+    (run / stage / "manifest.json").write_text(json.dumps(manifest))
 
 
 def result(model, split):
@@ -62,15 +80,12 @@ def result(model, split):
 def run_dir(tmp_path_factory):
     """A run with four models, two splits and four stages, and its report (written once: figures take seconds)."""
     run = tmp_path_factory.mktemp("run")
-    for model in STEPS:
+    for model, stage in zip(STEPS, STAGES, strict=True):
         for split in ("test", "validation"):
-            path = run / "eval" / model / f"{split}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result(model, split)))
+            write_evaluation(run, model, split, result(model, split), source=stage)
+    sources = {"stage1-union": "cot", "stage2": "stage1-union"}
     for seconds, stage in zip((60.0, 90.5, 200.0, 300.0), STAGES, strict=True):
-        (run / stage).mkdir()
-        manifest = {"status": "finished", "train_seconds": seconds, "examples_seen": 48_000}
-        (run / stage / "manifest.json").write_text(json.dumps(manifest))
+        write_stage(run, stage, sources.get(stage, "base"), train_seconds=seconds, examples_seen=48_000)
     lines = []
     for step in range(20, 1500, 20):
         lines.append({"step": step, "train/loss": 3 * math.exp(-step / 400), "train/loss_ce": math.exp(-step / 300)})
@@ -78,7 +93,7 @@ def run_dir(tmp_path_factory):
             lines.append({"step": step, "eval/accuracy": 1 - math.exp(-step / 400), "eval/latent_entropy": 1.5})
     for stage in ("cot", "stage2"):
         (run / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "config.yaml").write_text("name: fake <run>\nstage1:\n  init: cot\n")
+    (run / "config.yaml").write_text("name: fake <run>\n")
     assert write_report(run, title="A <fake> run") == run / "report" / "report.html"
     return run
 
@@ -128,7 +143,7 @@ def test_json_and_markdown_hold_the_same_numbers(run_dir):
     report = json.loads((run_dir / "report" / "report.json").read_text())
     order = [(r["split"], r["model"]) for r in report["results"]]
     assert order == [(s, m) for s in ("test", "validation") for m in STEPS]
-    # stage 1 started from cot here, so its cost counts for stage1 and latent-sft
+    # stage 1 started from cot here, so the cost of cot counts for stage1 and latent-sft
     seconds = {r["model"]: r["train_seconds"] for r in report["results"]}
     assert seconds == {"no-cot": 60.0, "cot": 90.5, "stage1": 290.5, "latent-sft": 590.5}
     assert report["results"][3]["examples_seen"] == 3 * 48_000
@@ -137,34 +152,38 @@ def test_json_and_markdown_hold_the_same_numbers(run_dir):
         "| latent-sft | test | 98.2 ± 0.4 | 1,000 | 12.1 | 1.0 | 15.1 | 100.0 | 0.0123 | 9 min 50 s | 144,000 |"
         in markdown
     )
-    assert "| latent-sft | test | 98.2 | 10.0 (-88.2 [-95.0, -85.0]) | 75.0 | 50.0 | – | – |" in markdown
+    # no column for what nobody has, here the recall of the likeliest token alone
+    assert "| latent-sft | test | 98.2 | 10.0 (-88.2 [-95.0, -85.0]) | 75.0 | 50.0 |\n" in markdown
     assert "| no-cot | test | 3" not in markdown.partition("Is the reasoning used?")[2]  # it has none
     assert "reconstructed" in markdown and "ECR@10" in markdown
     assert (run_dir / "report" / "accuracy_vs_steps.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_stage1_from_the_base_does_not_cost_cot(tmp_path):
-    for model, stage in (("cot", "cot"), ("stage1", "stage1-union")):
-        (tmp_path / "eval" / model).mkdir(parents=True)
-        (tmp_path / "eval" / model / "test.json").write_text(json.dumps(result(model, "test")))
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "manifest.json").write_text('{"status": "finished", "train_seconds": 5.0}')
-    assert [r["train_seconds"] for r in read_run(tmp_path).results] == [5.0, 5.0]
-    (tmp_path / "config.yaml").write_text("stage1: {init: cot}")
-    assert [r["train_seconds"] for r in read_run(tmp_path).results] == [5.0, 10.0]
-    assert [r["examples_seen"] for r in read_run(tmp_path).results] == [None, None]
+def test_the_page_has_every_table_of_the_markdown(run_dir, html):
+    lines = [line for line in (run_dir / "report" / "report.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [[escape(cell) for cell in line[2:-2].split(" | ")] for line in lines if not line.startswith("| ---")]
+    assert len(rows) == (1 + 8) + (1 + 3) + (1 + 4)  # results, interventions on test, latents
+    for row in rows:
+        tag = "th" if row[0] == "model" else "td"
+        assert "".join(f"<{tag}>{cell}</{tag}>" for cell in row) in html
 
 
-def test_each_method_that_starts_from_cot_costs_it(tmp_path):
-    for model, stage in (("kava", "kava"), ("coconut", "coconut"), ("soft-thinking", "cot")):
-        (tmp_path / "eval" / model).mkdir(parents=True)
-        content = {"model": model, "split": "test", "summary": SMALL}
-        (tmp_path / "eval" / model / "test.json").write_text(json.dumps(content))
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "manifest.json").write_text('{"status": "finished", "train_seconds": 5.0}')
-    (tmp_path / "config.yaml").write_text("kava: {init: base}\ncoconut: {init: cot}")
-    found = [(r["model"], r["train_seconds"]) for r in read_run(tmp_path).results]
-    assert found == [("soft-thinking", 5.0), ("coconut", 10.0), ("kava", 5.0)]
+@pytest.mark.parametrize(("source", "seconds"), [("base", 5.0), ("cot", 12.0)])
+def test_a_model_costs_every_stage_that_led_to_it_whatever_the_methods_are_called(tmp_path, source, seconds):
+    write_stage(tmp_path, "cot", train_seconds=7.0)
+    write_stage(tmp_path, "sim-cot", source, train_seconds=5.0)
+    write_stage(tmp_path, "labels", "sim-cot")  # no training
+    write_evaluation(tmp_path, "sim-cot", "test", {"model": "sim-cot", "split": "test", "summary": SMALL}, "sim-cot")
+    write_evaluation(tmp_path, "soft-thinking", "test", {"model": "st", "split": "test", "summary": SMALL}, "cot")
+    rows = {evaluation.row["model"]: evaluation.row for evaluation in read_run(tmp_path).evaluations}
+    assert rows["sim-cot"]["train_seconds"] == seconds and rows["st"]["train_seconds"] == 7.0
+    assert rows["sim-cot"]["examples_seen"] is None
+
+
+def test_weights_of_a_stage_that_was_trained_again_since_cost_nothing_known(tmp_path):
+    write_stage(tmp_path, "cot", train_seconds=7.0)
+    write_evaluation(tmp_path, "cot", "test", {"model": "cot", "split": "test", "summary": SMALL}, "an older cot")
+    assert read_run(tmp_path).evaluations[0].row["train_seconds"] is None
 
 
 def test_a_run_with_one_explicit_model_only(tmp_path):
@@ -214,6 +233,24 @@ def test_labels_of_near_points_do_not_overlap():
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
 
 
+def test_a_gold_path_costs_more_than_it_shows_and_a_colour_is_the_same_everywhere():
+    rows = [
+        {
+            "model": m,
+            "kind": k,
+            "split": "test",
+            "accuracy": 0.5,
+            "forward_passes_mean": 3.0,
+            "reasoning_steps_mean": 2.0,
+        }
+        for m, k in (("r2/stage1", "stage1"), ("r2", "latent-sft"), ("r4", "latent-sft"))
+    ]
+    colours = plots.colours_of(rows)
+    for key, names in ((plots.PASSES, ["r2", "r4"]), (plots.STEPS, ["r2/stage1", "r2", "r4"])):
+        texts = plots.accuracy_against(rows, key).axes[0].texts
+        assert {text.get_text().split()[0]: text.get_color() for text in texts} == {n: colours[n] for n in names}
+
+
 def test_figures_are_reproducible():
     rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "reasoning_steps_mean": 3.0}]
     first, second = (plots.to_bytes(plots.accuracy_against(rows), "svg") for _ in range(2))
@@ -225,11 +262,18 @@ def test_figures_are_reproducible():
 def test_cells():
     assert accuracy({"accuracy": 0.9725, "accuracy_se": 0.0051}) == "97.2 ± 0.5"
     assert accuracy({"accuracy": 1.0, "accuracy_se": None}) == "100.0"
-    assert percent(None) == "–" and number(1234.5, 0) == "1,234"
-    assert [duration(s) for s in (None, 59.4, 59.6, 3600, 7530)] == [
-        "–",
+    assert percent(0.9725) == "97.2"
+    assert [duration(s) for s in (59.4, 59.6, 3600, 7530)] == [
         "59 s",
         "1 min 00 s",
         "1 h 00 min",
         "2 h 05 min",
     ]
+
+
+def test_the_terminal_shows_some_columns_of_the_same_table():
+    table = result_table([{"model": "cot", "split": "test", **SMALL}])
+    assert table.header == ["model", "split", "accuracy %", "n", "reasoning steps"]
+    shown = table.terminal("title", ["model", "n", "accuracy %", "train time"])
+    assert [column.header for column in shown.columns] == ["model", "accuracy %", "n"]
+    assert [list(column.cells) for column in shown.columns] == [["cot"], ["0.0"], ["1"]]

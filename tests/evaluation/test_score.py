@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from latent_sft.evaluation.score import score
-from latent_sft.method.metrics import SolutionPath
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec
 
 WORDS = ["<pad>", "</think>", "<think>", "1", "2", "3", "4", "5", "#eos"]
 SPEC = LatentSpec(think_ids=(2,), end_think_ids=(1,), eos_id=8, pad_id=0, vocab_size=9, top_k=2)
@@ -112,16 +111,6 @@ def test_several_samples_per_problem():
         ("a", 3, True),
     ]
     assert "thought" in problems[0] and "thought" not in problems[1]
-
-
-def test_paths_give_n_eff():
-    one_hot = Superposition(torch.tensor([[3]]), torch.ones(1, 1))
-    paths = {"a": [SolutionPath([3], one_hot), SolutionPath([4], one_hot)], "b": [SolutionPath([3], one_hot)]}
-    decoded = [latent([5], [[3, 4]], [[0.75, 0.25]]), latent([7], [[3, 4]], [[0.5, 0.5]]), latent([6], [], [])]
-    summary, _ = run(decoded, paths=paths)
-    assert summary["n_eff_samples"] == 1 and summary["top2_score"] == pytest.approx(1 / 3)
-    assert summary["n_eff"] == pytest.approx(1.75477, abs=1e-4) and summary["n_eff_score"] == pytest.approx(1.0)
-    assert "n_eff" not in run(decoded)[0]
 
 
 def test_wrong_number_of_samples():

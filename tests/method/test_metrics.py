@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_sft.method.metrics import (
-    SolutionPath,
-    cosine_similarity,
     ecr_at_k,
     largest,
     near_equal_spans,
     pass_at_k,
-    path_scores,
     standard_error,
     token_mass,
-    top2_score,
 )
 from latent_sft.method.types import Superposition
 
@@ -32,10 +28,6 @@ def latents(*rows):
 
 def one_hot(*tokens):
     return latents(*({t: 1.0} for t in tokens))
-
-
-def rng():
-    return torch.Generator().manual_seed(0)
 
 
 def test_standard_error_by_hand():
@@ -108,76 +100,3 @@ def test_ecr_rises_with_k_up_to_the_bound(cot, num_latents, seed):
     assert curve[-1] == pytest.approx(len(cot) / num_latents)
     shuffled = torch.randperm(10, generator=generator)
     assert ecr_at_k(Superposition(full.ids[:, shuffled], full.weights[:, shuffled]), cot, 3) == curve[2]
-
-
-def test_cosine_by_hand():
-    left, right = latents({1: 0.6, 2: 0.8}), latents({2: 1.0}, {1: 0.8, 2: 0.6}, {3: 1.0})
-    torch.testing.assert_close(cosine_similarity(left, right), torch.tensor([[0.8, 0.96, 0.0]]).double())
-
-
-def test_n_eff_by_hand():
-    # One step, two paths: masses 0.6 and 0.2, so s = log 0.6, log 0.2 and the posterior is 3/4, 1/4.
-    # One step has one matching only: the random baseline equals the score.
-    scores = path_scores(
-        latents({1: 0.6, 2: 0.2, 3: 0.2}),
-        [SolutionPath([1], one_hot(1)), SolutionPath([2], one_hot(2))],
-        generator=rng(),
-    )
-    torch.testing.assert_close(scores.posterior, torch.tensor([0.75, 0.25]).double())
-    assert scores.n_eff == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-    assert scores.score == pytest.approx(1.0)
-    assert top2_score(scores.posterior) == pytest.approx(1 / 3)
-
-
-def test_n_eff_counts_repeated_tokens_twice_and_drops_repeated_paths():
-    path = SolutionPath([1, 1], one_hot(1))
-    scores = path_scores(latents({1: 0.3, 2: 0.6}), [path, path, SolutionPath([2], one_hot(2))], generator=rng())
-    assert scores.posterior.tolist() == pytest.approx([0.5, 0.5])  # 2 * 0.3 against 0.6
-    assert scores.n_eff == pytest.approx(2.0)
-
-
-def test_n_eff_matches_greedily_without_reuse():
-    # Both latents are nearest to reference 0; the first takes it, the second is left with reference 1 (span [2]).
-    chain = latents({1: 0.9, 2: 0.1}, {1: 0.8, 2: 0.2})
-    scores = path_scores(
-        chain,
-        [SolutionPath([1, 2], one_hot(1, 2)), SolutionPath([2, 1], one_hot(2, 1))],
-        generator=rng(),
-    )
-    # path 0: pi = (0, 1), log 0.9 and log 0.2; path 1: pi = (1, 0), so the same two spans
-    assert scores.posterior.tolist() == pytest.approx([0.5, 0.5])
-    # random matchings give log 0.9 + log 0.2 or log 0.1 + log 0.8 per path: less even, so the ratio exceeds 1
-    assert 1.0 < scores.score < 2.0
-
-
-def test_n_eff_uses_as_many_steps_as_both_chains_have():
-    # T = 1 latent, T_ref = 2: one span with the whole path; mass 0.6 + 0.2 against 0.2
-    scores = path_scores(
-        latents({1: 0.6, 2: 0.2, 3: 0.2}),
-        [SolutionPath([1, 2], one_hot(1, 2)), SolutionPath([3], one_hot(3))],
-        generator=rng(),
-    )
-    assert scores.posterior.tolist() == pytest.approx([0.8, 0.2])
-
-
-def test_n_eff_defect_garbage_gets_the_largest_value():
-    paths = [SolutionPath([1], one_hot(1)), SolutionPath([2], one_hot(2)), SolutionPath([3], one_hot(3))]
-    assert path_scores(one_hot(9), paths, generator=rng()).n_eff == pytest.approx(3.0)
-
-
-def test_n_eff_counts_only_the_top_100():
-    weights = torch.full((1, 101), 0.009)
-    weights[0, 0] = 0.001
-    chain = Superposition(torch.arange(101)[None], weights)
-    paths = [SolutionPath([0], one_hot(0)), SolutionPath([1], one_hot(1))]
-    assert path_scores(chain, paths, generator=rng()).posterior[0] < 1e-8  # token 0 is the 101st
-
-
-def test_n_eff_is_reproducible_and_refuses_too_few_paths():
-    chain = latents({1: 0.9, 2: 0.1}, {1: 0.7, 2: 0.3})
-    paths = [SolutionPath([1, 2], one_hot(1, 2)), SolutionPath([1, 1], one_hot(1, 1))]
-    assert path_scores(chain, paths, generator=rng()).score == path_scores(chain, paths, generator=rng()).score
-    with pytest.raises(ValueError, match="at least 2 distinct solution paths, got 1"):
-        path_scores(chain, [paths[0], paths[0]], generator=rng())
-    with pytest.raises(ValueError, match="at least one latent"):
-        path_scores(chain, [paths[0], SolutionPath([], one_hot(1))], generator=rng())
