@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_sft.train.stages import _build_stage1
 from safetensors.torch import load_file
 
 import latent_sft.train.run as run
@@ -126,7 +125,7 @@ def test_stored_latents_are_those_of_the_frozen_encoder(tiny_config, encoder_pha
     assert torch.equal(stored["latent_mask"], fresh["latent_mask"])
     results = []
     for batch in (stored, fresh):
-        model = _build_stage1(work, phase="stage1-decoder").train()
+        model = STAGES["stage1-decoder"].model(work.setup("stage1-decoder")).train()
         out = model(**batch)
         out["ce_total"].backward()
         results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -213,7 +212,7 @@ def test_flops_by_hand(tiny_config):
         decoder += 6 * weights * (main + chunks) + 3 * 2 * 4 * 16 * main * (main + 1) / 2
         encoder += 6 * weights * (text + n) + 3 * 2 * 4 * 16 * (text * (text + 1) / 2 + n * text / 2) + 4 * table * n
     decoder += 6 * table * len(batch["targets"])
-    union = _build_stage1(work, phase="stage1-union")
+    union = STAGES["stage1-union"].model(work.setup("stage1-union"))
     assert step_flops(union, batch).item() == pytest.approx(decoder + encoder)
     # a frozen encoder only runs forward; so does the projection of its latents
     union.encoder.requires_grad_(False)
