@@ -142,7 +142,7 @@ class TinyModelConfig:
     """A small model built from scratch with its own word-level tokenizer, for CPU runs."""
 
     model_type: str = "llama"
-    """Any causal decoder type of transformers that takes these sizes."""
+    """Any causal decoder type of transformers; a size that it does not have is refused. Without dropout."""
     hidden_size: int = 64
     num_layers: int = 4
     num_heads: int = 4

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
@@ -20,6 +27,17 @@ from latent_sft.models.head import check_head
 from latent_sft.models.sharding import whole
 
 log = logging.getLogger(__name__)
+
+# key of `model.tiny` -> names in the configurations of transformers
+_SIZE_NAMES = {
+    "hidden_size": ("hidden_size",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_positions": ("max_position_embeddings",),
+    "tie_embeddings": ("tie_word_embeddings",),
+}
 
 
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -73,18 +91,12 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         ConfigError: the model type is unknown or does not take these sizes.
     """
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
     try:
-        hf_config = AutoConfig.for_model(config.model_type, **sizes, **special)
+        usual = AutoConfig.for_model(config.model_type)
+        # what is learnt from nothing has too little data to overfit, and families differ in their usual rate
+        no_dropout = {k: 0.0 for k, v in usual.to_dict().items() if "drop" in k and isinstance(v, float)}
+        sizes = {"vocab_size": len(tokenizer), **_sizes(config, usual)}
+        hf_config = AutoConfig.for_model(config.model_type, **sizes, **no_dropout, **special)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(hf_config)
@@ -92,6 +104,22 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         raise ConfigError(
             f"model.tiny.model_type: cannot build {config.model_type!r} ({_first_line(error)})."
         ) from error
+
+
+def _sizes(config: TinyModelConfig, usual: PretrainedConfig) -> dict[str, Any]:
+    """Return the sizes by the names of this model type, which would take others without a word and not use them."""
+    known, sizes = {*usual.to_dict(), *usual.attribute_map}, {}
+    for key, names in _SIZE_NAMES.items():
+        name = next((n for n in names if n in known), None)
+        if name is not None:
+            sizes[name] = getattr(config, key)
+        elif key != "num_kv_heads" or config.num_kv_heads != config.num_heads:
+            expected = f"num_heads={config.num_heads}" if key == "num_kv_heads" else "a model type that has this size"
+            raise ConfigError(
+                f"model.tiny.{key}: got {getattr(config, key)!r}, expected {expected}; a {config.model_type!r} model "
+                f"has no {names[0]} of its own."
+            )
+    return sizes
 
 
 def trainable(lm: nn.Module, config: LoraConfig) -> nn.Module:
