@@ -198,7 +198,7 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
         pad_id=0,
         vocab_size=vocab_size,
         rate=config.latent.rate,
-        top_k=config.latent.top_k,
+        top_k=config.latent.top_k or vocab_size,
     )
     row = {"id": "0", "hash": "", "prompt": [0] * prompt, "cot": [0] * cot, "answer": [0] * answer}
     rows = [{**row, "segment_lengths": fixed_segments(cot, spec.rate)}]

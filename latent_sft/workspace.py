@@ -171,7 +171,7 @@ class Workspace:
         }
 
     def _latent_settings(self, name: str) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.config.latent)
+        settings = {**dataclasses.asdict(self.config.latent), "top_k": self.spec.top_k}
         if name == "stage2":
             return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
         return {k: settings[k] for k in _ENCODER_SETTINGS}

@@ -206,6 +206,8 @@ class LatentConfig:
     rate: int = 2
     segmentation: Literal["fixed", "step"] = "fixed"
     top_k: int = 10
+    """Entries of the vocabulary that a latent mixes; 0 all of them, as the paper defines it. A stored label then takes
+    6 bytes times the vocabulary a latent (`labels.dtype=float16`)."""
     projection: Literal["input", "head"] = "input"
     exclude_end: bool = True
     temperature: float = 1.0
@@ -221,7 +223,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         need(self.rate >= 1, "latent.rate", self.rate, "an integer >= 1 (CoT tokens per latent)")
-        need(self.top_k >= 1, "latent.top_k", self.top_k, "an integer >= 1")
+        need(self.top_k >= 0, "latent.top_k", self.top_k, "0 (the whole vocabulary) or an integer >= 1")
         need(self.temperature > 0, "latent.temperature", self.temperature, "a number > 0")
         need(self.noise_scale >= 0, "latent.noise_scale", self.noise_scale, "a number >= 0")
         need(self.noise_temperature > 0, "latent.noise_temperature", self.noise_temperature, "a number > 0")
