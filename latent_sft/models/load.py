@@ -92,11 +92,7 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
     """
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     try:
-        usual = AutoConfig.for_model(config.model_type)
-        # what is learnt from nothing has too little data to overfit, and families differ in their usual rate
-        no_dropout = {k: 0.0 for k, v in usual.to_dict().items() if "drop" in k and isinstance(v, float)}
-        sizes = {"vocab_size": len(tokenizer), **_sizes(config, usual)}
-        hf_config = AutoConfig.for_model(config.model_type, **sizes, **no_dropout, **special)
+        hf_config = tiny_hf_config(config, vocab_size=len(tokenizer), **special)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(hf_config)
@@ -104,6 +100,14 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         raise ConfigError(
             f"model.tiny.model_type: cannot build {config.model_type!r} ({_first_line(error)})."
         ) from error
+
+
+def tiny_hf_config(config: TinyModelConfig, **others: Any) -> PretrainedConfig:
+    """Return the configuration of a model from scratch: these sizes, no dropout, and what else is given."""
+    usual = AutoConfig.for_model(config.model_type)
+    # families differ in their usual dropout; latents are noisy only where the configuration says so
+    no_dropout = {k: 0.0 for k, v in usual.to_dict().items() if "drop" in k and isinstance(v, float)}
+    return AutoConfig.for_model(config.model_type, **_sizes(config, usual), **no_dropout, **others)
 
 
 def _sizes(config: TinyModelConfig, usual: PretrainedConfig) -> dict[str, Any]:
