@@ -25,7 +25,7 @@ from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
-from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
+from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size, weights_fingerprint
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.runs import Step, fingerprint, write_atomically, write_json
 
@@ -83,6 +83,8 @@ class Workspace:
             disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
+        given = config.model.name_or_path
+        self._weights = self.weights_of(Path(given)) if given and Path(given).is_dir() else None
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
@@ -141,6 +143,10 @@ class Workspace:
         if name in ("coconut", "codi", "pccot", "kava"):
             return self.step("cot") if getattr(self.config, name).init == "cot" else None
         return None
+
+    def weights_of(self, folder: Path) -> str:
+        """Return the fingerprint of a folder's weights."""
+        return weights_fingerprint(folder, self.directory / "weights.json")
 
     def labels_step(self, reader: str = "label") -> Step:
         """Return the step of a store of latents: the labels of stage 2, or what the `stage1-decoder` phase reads.
@@ -205,13 +211,12 @@ class Workspace:
 
     def _base_identity(self) -> Any:
         model = self.config.model
-        if model.name_or_path:
-            return {
-                "name": model.name_or_path,
-                "revision": model.revision,
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            }
-        return fingerprint(self._tiny_inputs())
+        if not model.name_or_path:
+            return fingerprint(self._tiny_inputs())
+        # a folder is what is in it, wherever it is
+        name = {"name": model.name_or_path, "revision": model.revision}
+        weights = name if self._weights is None else {"weights": self._weights}
+        return {**weights, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def _data_identity(self) -> Any:
         data = self.config.data

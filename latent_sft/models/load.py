@@ -25,6 +25,7 @@ from latent_sft.method.types import LatentSpec
 from latent_sft.models.backbone import core, embed, input_table
 from latent_sft.models.head import check_head
 from latent_sft.models.sharding import whole
+from latent_sft.runs import file_sha256, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,28 @@ def vocabulary_size(path: str | Path, config: ModelConfig) -> int:
             f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by "
             "transformers or the name of a Hub model (needs network, or a local cache)."
         ) from error
+
+
+def weights_fingerprint(folder: Path, remember: Path) -> str:
+    """Return 16 hex digits over the weights in a folder, and the files that say how to run them; not over its place.
+
+    Args:
+        folder: of a model, or of a stage-1 phase (`encoder`, `decoder` and marker).
+        remember: JSON file of what was hashed before, so that a large model is read once a run.
+    """
+    before = read_json(remember) if remember.exists() else {}
+    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "*.py")
+    found, now = {}, dict(before)
+    for path in sorted(p for part in (".", "encoder", "decoder") for x in patterns for p in (folder / part).glob(x)):
+        stat, key = path.stat(), str(path.resolve())
+        # the time of change, unlike that of modification, is not kept by copying
+        same = {"size": stat.st_size, "changed": stat.st_ctime_ns}
+        if not same.items() <= before.get(key, {}).items():
+            now[key] = {**same, "sha256": file_sha256(path)}
+        found[str(path.relative_to(folder))] = now[key]["sha256"]
+    if now != before:
+        write_json(remember, now)
+    return fingerprint(found)
 
 
 def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
