@@ -44,7 +44,7 @@ _ENCODER_SETTINGS = (
     "marker_input",
 )
 # settings that say how a stage is watched or run, not what it computes
-_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_every", "save_total_limit")
+_WATCHING = ("enabled", "log_every", "num_workers", "packing", "save_every", "save_total_limit", "keep_checkpoint")
 
 
 def processes(timeout_minutes: float = 30.0) -> PartialState:
@@ -121,11 +121,11 @@ class Workspace:
             method = dataclasses.asdict(getattr(self.config, name))
             inputs["method"] = {k: v for k, v in method.items() if k != "train"}
             source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
+            inputs["source"] = source.outcome if source else "base"
         elif name not in ("no-cot", "cot"):
             inputs["latent"] = self._latent_settings(name)
             source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
+            inputs["source"] = source.outcome if source else "base"
         return Step(directory=self.directory / name, inputs=inputs)
 
     def source_of(self, name: str) -> Step | None:
@@ -159,7 +159,7 @@ class Workspace:
         start = {"base": self._base_identity(), "prompt": self._prompt_identity()}
         inputs = {
             "step": "label" if reader == "label" else name,
-            "encoder": source.fingerprint if source else fingerprint(start),
+            "encoder": source.outcome if source else fingerprint(start),
             "data": self._data_identity(),
             "latent": self._latent_settings(reader),
             "dtype": dtype,

@@ -54,6 +54,9 @@ class TrainConfig:
     """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
     save_total_limit: int = 2
     """Newest checkpoints that stay, the best one among them."""
+    keep_checkpoint: bool = True
+    """Keep the last checkpoint of a finished stage (and the best one), so that it can go on with more steps: weights
+    and optimizer, with AdamW three times the trained parameters in float32. false deletes them."""
     packing: bool = False
     """cot, no-cot and stage2: put the rows of a batch one behind another without padding; the same losses. Saves what
     `train/padding_share` shows and costs some copying: worth it above a tenth of padding, which is rare in buckets."""
