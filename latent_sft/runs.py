@@ -164,7 +164,8 @@ class Step:
 
     Attributes:
         directory: folder of the step.
-        inputs: everything that decides its result (settings, fingerprints of earlier artefacts), JSON-able.
+        inputs: everything that decides its result (settings, fingerprints of earlier artefacts), JSON-able; empty where
+            only the folder is known.
     """
 
     directory: Path
@@ -244,11 +245,29 @@ class Step:
             ArtefactError: the step is not finished, or was made from other inputs.
         """
         found = self.manifest()
-        if found is None or not self.is_finished():
+        if found is None or found["status"] != FINISHED or (self.inputs and not self.is_finished()):
             raise ArtefactError(
                 f"{self.directory}: not finished yet; run that step first (`latent-sft plan CONFIG` lists them)."
             )
         return found
+
+
+class GivenStep(Step):
+    """A folder of weights from elsewhere that a stage starts from: finished, and known by its content."""
+
+    @property
+    def outcome(self) -> str:
+        """Fingerprint of the weights."""
+        return self.fingerprint
+
+    @property
+    def final(self) -> Path:
+        """The folder itself."""
+        return self.directory
+
+    def results(self) -> dict[str, Any]:
+        """Return nothing: how it was made is not known."""
+        return {}
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

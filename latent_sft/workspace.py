@@ -19,15 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import SECTIONS, Config
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
 from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
-from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size, weights_fingerprint
+from latent_sft.models.load import (
+    build_tiny,
+    check_start,
+    load_tokenizer,
+    save_lm,
+    vocabulary_size,
+    weights_fingerprint,
+)
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.runs import Step, fingerprint, write_atomically, write_json
+from latent_sft.runs import GivenStep, Step, fingerprint, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +79,7 @@ class Workspace:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.directory)
+        self._checked: dict[Path, GivenStep] = {}
         # on several processes the first one writes what the others then read
         with processes(config.launch.timeout_minutes).main_process_first():
             self._open(config)
@@ -100,7 +108,8 @@ class Workspace:
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
         train = self.config.stage(name)
-        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
+        # what it starts from is known by its weights: `source`
+        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in (*_WATCHING, "start_from")}
         # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
         del settings["batch_size" if train.max_tokens else "max_tokens"]
         inputs: dict[str, Any] = {
@@ -117,19 +126,26 @@ class Workspace:
             inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
             if self.config.stage1.share_backbone:
                 inputs["share_backbone"] = True
+        source = self.source_of(name)
         if name in ("coconut", "codi", "pccot", "kava"):
             method = dataclasses.asdict(getattr(self.config, name))
             inputs["method"] = {k: v for k, v in method.items() if k != "train"}
-            source = self.source_of(name)
-            inputs["source"] = source.outcome if source else "base"
         elif name not in ("no-cot", "cot"):
             inputs["latent"] = self._latent_settings(name)
-            source = self.source_of(name)
+        if source or name not in ("no-cot", "cot"):
             inputs["source"] = source.outcome if source else "base"
+        if name == "stage2" and train.start_from:
+            inputs["labels"] = self.labels_step().inputs["encoder"]
         return Step(directory=self.directory / name, inputs=inputs)
 
     def source_of(self, name: str) -> Step | None:
-        """Return the step whose final model a stage starts from, or None where that is the base model."""
+        """Return the step whose final model a stage starts from, or None where that is the base model.
+
+        Raises:
+            ConfigError: `start_from` is not a folder of weights that can take the base model's place.
+        """
+        if name in SECTIONS and self.config.stage(name).start_from:
+            return self._given(name)
         phases = [p for p in STAGE1_PHASES if self.config.stage(p).enabled]
         if name in STAGE1_PHASES:
             earlier = phases[: phases.index(name)] if name in phases else phases
@@ -143,6 +159,23 @@ class Workspace:
         if name in ("coconut", "codi", "pccot", "kava"):
             return self.step("cot") if getattr(self.config, name).init == "cot" else None
         return None
+
+    def start_of(self, name: str) -> str | Path:
+        """Return folder or name of the model that a stage starts from; of two, that is the decoder."""
+        source = self.source_of(name)
+        if source is None:
+            return self.base
+        decoder = source.final / "decoder"
+        return decoder if decoder.is_dir() else source.final
+
+    def _given(self, name: str) -> GivenStep:
+        key, given = f"{SECTIONS[name]}.start_from", Path(self.config.stage(name).start_from)
+        folder = given / "final" if (given / "final").is_dir() else given
+        if folder not in self._checked:
+            for part in ("encoder", "decoder") if (folder / "decoder").is_dir() else (".",):
+                check_start(folder / part, key, self.base, self.config.model, self.tokenizer)
+            self._checked[folder] = GivenStep(directory=folder, inputs={"weights": self.weights_of(folder)})
+        return self._checked[folder]
 
     def weights_of(self, folder: Path) -> str:
         """Return the fingerprint of a folder's weights."""

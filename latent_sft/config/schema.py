@@ -423,16 +423,20 @@ class Config:
             getattr(self, name).check(name)
         packed = [SECTIONS[s] for s in STAGES if s not in ("cot", "no-cot", "stage2") and self.stage(s).packing]
         need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
+        phases = [s for s in STAGES if s.startswith("stage1") and self.stage(s).enabled]
         if self.stage1.share_backbone:
             need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
+            for stage in phases[1:]:
+                given = self.stage(stage).start_from
+                need(not given, f"{SECTIONS[stage]}.start_from", given, "empty, or stage1.share_backbone=false")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
         need(not fp16, f"{SECTIONS[(fp16 or STAGES)[0]]}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
-        starting = {"stage1": any(self.stage(s).enabled for s in STAGES if s.startswith("stage1"))}
-        starting |= {name: getattr(self, name).train.enabled for name in ("coconut", "codi", "pccot", "kava")}
-        for name, enabled in starting.items():
-            if enabled and getattr(self, name).init == "cot":
+        first = {"stage1": phases[0]} if phases else {}
+        first |= {name: name for name in ("coconut", "codi", "pccot", "kava") if self.stage(name).enabled}
+        for name, stage in first.items():
+            if getattr(self, name).init == "cot" and not self.stage(stage).start_from:
                 need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
         soft = self.soft_thinking.enabled
         need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true, since it runs that model")

@@ -19,6 +19,11 @@ class TrainConfig:
     """How one stage is trained."""
 
     enabled: bool = True
+    start_from: str = ""
+    """Folder of weights to start from instead of what the stage would start from: a finished stage of another run
+    (RUN/STAGE), an export, or any folder of transformers with the sizes and the tokenizer of `model`. Known by its
+    content, not by its path. A phase of stage 1 takes encoder, decoder and marker from a folder of stage 1; a stage
+    that trains one model takes its decoder."""
     max_steps: int = 0
     """Optimizer steps; 0 trains `epochs`."""
     epochs: float = 1.0

@@ -86,6 +86,47 @@ def weights_fingerprint(folder: Path, remember: Path) -> str:
     return fingerprint(found)
 
 
+def check_start(
+    folder: Path, key: str, base: str | Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a folder whose weights cannot take the place of the base model's.
+
+    Args:
+        folder: of one model.
+        key: of the configuration, for the message.
+        base: folder or name of the base model.
+        config: of the base model.
+        tokenizer: of the base model.
+
+    Raises:
+        ConfigError: no model there, other sizes, or a tokenizer with other ids.
+    """
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{key}: no model in {str(folder)!r}, expected the folder of a finished stage (RUN/STAGE), an export, or "
+            "any folder saved by transformers, with its tokenizer."
+        )
+    here, own = (AutoConfig.from_pretrained(p, **_hub_options(config)).get_text_config() for p in (folder, base))
+    names = ("model_type", "vocab_size", *(name for names in _SIZE_NAMES.values() for name in names))
+    sizes = {n: (getattr(here, n, None), getattr(own, n, None)) for n in names}
+    differ = [f"{name} {theirs!r} instead of {ours!r}" for name, (theirs, ours) in sizes.items() if theirs != ours]
+    if differ:
+        raise ConfigError(
+            f"{key}: {str(folder)!r} is another architecture than `model` ({', '.join(differ)}). Give weights of the "
+            "same sizes, or make that folder the base: model.name_or_path."
+        )
+    try:
+        same = AutoTokenizer.from_pretrained(folder, **_hub_options(config)).get_vocab() == tokenizer.get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: no tokenizer in {str(folder)!r} ({_first_line(error)}); save it there.") from error
+    if not same:
+        raise ConfigError(
+            f"{key}: the tokenizer in {str(folder)!r} has other ids than that of `model`, so its weights mean other "
+            "tokens. A model from scratch takes its vocabulary from the training text: give the same data, or make "
+            "that folder the base: model.name_or_path."
+        )
+
+
 def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """Load a causal decoder in the configured dtype and attention, and check that its head is understood.
 

@@ -61,7 +61,9 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         Interrupted: the process was told to stop; a checkpoint is written (see `train/interruption.py`).
     """
     work = work or Workspace(config)
-    step, train, stage = work.step(name), config.stage(name), STAGES[name]
+    with processes().main_process_first():  # it may read a whole model to know it
+        step = work.step(name)
+    train, stage = config.stage(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
         return step
@@ -210,8 +212,8 @@ def _check_length(step: Step, state: TrainerState, total: int, section: str) -> 
     if state.global_step > total:
         raise ArtefactError(
             f"{step.directory}: trained for {state.global_step} steps already, more than the {total} of "
-            f"{section}.max_steps or {section}.epochs. Restore the settings, use another run_dir, or keep an unfinished "
-            f"stage as it is with `latent-sft finish {step.directory.name}`."
+            f"{section}.max_steps or {section}.epochs. Restore the settings, use another run_dir, or keep an "
+            f"unfinished stage as it is with `latent-sft finish {step.directory.name}`."
         )
     if state.max_steps != total:
         log.info(

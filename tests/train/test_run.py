@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 
 import latent_sft.train.run as run
 from latent_sft import cli
-from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config
-from latent_sft.errors import ArtefactError, Interrupted
+from latent_sft.config.load import load_config, to_yaml
+from latent_sft.config.schema import SECTIONS, Config
+from latent_sft.errors import ArtefactError, ConfigError, Interrupted
+from latent_sft.runs import Step
 from latent_sft.train.interruption import last_checkpoint
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import Workspace
@@ -168,3 +171,81 @@ def test_there_must_be_something_to_finish(tiny_config, tmp_path, capsys):
     train_stage(tiny_config(), "cot")
     assert last_checkpoint(Path(tiny_config().directory) / "cot")
     assert cli.main(["finish", "cot", path]) == 0
+
+
+# -------------------------------------------------------------------------------------------------- warm start
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory) -> Path:
+    """A run with an encoder phase and a kava stage, to start from."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    config = load_config(None, [*TINY, f"run_dir={folder}", "kava.init=base", "kava.projection=true", "seed=7"])
+    train_stage(config, "stage1-encoder")
+    train_stage(config, "kava")
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "source", "folders"),
+    [
+        ("cot", "kava", {".": "."}),
+        ("kava", "kava", {".": "."}),  # its projection too
+        ("kava", "stage1-encoder", {".": "decoder"}),
+        ("stage1-union", "stage1-encoder", {"encoder": "encoder", "decoder": "decoder", ".": "."}),
+        ("stage1-encoder", "kava", {"encoder": ".", "decoder": "."}),
+    ],
+)
+def test_a_stage_starts_from_weights_of_another_run(tiny_config, other_run, stage, source, folders):
+    """With a learning rate that moves nothing the model is what it started from."""
+    settings = ("max_steps=1", "learning_rate=1e-30", f"start_from={other_run / source}")
+    step = train_stage(tiny_config("kava.projection=true", *(f"{SECTIONS[stage]}.{s}" for s in settings)), stage)
+    for after, before in folders.items():
+        found, expected = tensors(step.final / after), tensors(other_run / source / "final" / before)
+        shared = found.keys() & expected.keys()
+        assert {"model.embed_tokens.weight", "marker"} & shared
+        assert not [name for name in shared if not torch.equal(found[name], expected[name])]
+
+
+def test_where_weights_of_another_run_lie_does_not_matter(tiny_config, other_run, tmp_path):
+    def step_of(folder: Path) -> Step:
+        return Workspace(tiny_config(f"stage2.start_from={folder}", "stage1.init=cot")).step("stage2")
+
+    moved = shutil.copytree(other_run / "kava" / "final", tmp_path / "moved")
+    assert step_of(moved).fingerprint == step_of(other_run / "kava").fingerprint
+    assert step_of(moved).fingerprint != step_of(other_run / "stage1-encoder").fingerprint
+    assert step_of(moved).inputs["labels"] == Workspace(tiny_config("stage1.init=cot")).step("stage1-union").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["cot.start_from=nowhere"], r"cot.start_from: no model in 'nowhere', expected the folder of a finished stage"),
+        (["model.tiny.num_layers=1"], r"another architecture than `model` \(num_hidden_layers 2 instead of 1\)"),
+        (["data.synthetic.task=arithmetic", "model.tiny.vocab_size=4096"], r"another architecture .*vocab_size"),
+        (["model.tiny.tokenizer=digits"], r"the tokenizer in .* has other ids|another architecture .*vocab_size"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny_config, other_run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        train_stage(tiny_config(f"cot.start_from={other_run / 'kava'}", *settings), "cot")
+
+
+def test_a_shared_backbone_starts_from_one_model(tiny_config, other_run):
+    shared = ("stage1.share_backbone=true", "model.lora.rank=2")
+    with pytest.raises(ConfigError, match=r"stage1.union.start_from: got 'x', expected empty, or"):
+        tiny_config(*shared, "stage1.union.start_from=x")
+    two = tiny_config(*shared, f"stage1.encoder.start_from={other_run / 'stage1-encoder'}")
+    with pytest.raises(ConfigError, match=r"stage1.encoder.start_from: .* holds an encoder and a decoder"):
+        train_stage(two, "stage1-encoder")
+
+
+def test_a_stage_with_weights_of_its_own_needs_no_cot_stage(tiny_config):
+    settings = ("cot.enabled=false", "coconut.init=cot", "coconut.train.enabled=true")
+    assert tiny_config(*settings, "coconut.train.start_from=x")
+    with pytest.raises(ConfigError, match=r"coconut\.init: .*cot.enabled=true"):
+        tiny_config(*settings)
