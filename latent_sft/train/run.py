@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from latent_sft.config.schema import SECTIONS, Config, TrainConfig
 from latent_sft.data.packing import packed_rows
@@ -29,15 +27,16 @@ from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
 from latent_sft.models.packing import use_packing
 from latent_sft.models.stage1 import Stage1Model
-from latent_sft.runs import FINISHED, Step, read_json
+from latent_sft.runs import Step, read_json
 from latent_sft.train import zero
 from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.train.curriculum import ForgetMoments, Staged, numbered
+from latent_sft.train.ending import check_length, departures, state_of, write_final
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
-from latent_sft.train.interruption import MARKER, Interruption, last_checkpoint, rotate, same_step
+from latent_sft.train.interruption import MARKER, Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import STAGES, Stage, validation_metrics
+from latent_sft.train.stages import STAGES, validation_metrics
 from latent_sft.train.trainer import LatentTrainer
 from latent_sft.workspace import Workspace, processes
 
@@ -74,7 +73,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
-    history = _history(step, checkpoint, SECTIONS[name])
+    history = departures(step, checkpoint, SECTIONS[name])
     train = same_step(train, SECTIONS[name], checkpoint, processes().num_processes)
     if checkpoint:
         zero.check_checkpoint(checkpoint, config.launch)
@@ -97,7 +96,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     sampler = _sampler(train, name, work, train.accumulation * processes().num_processes)
     total = _total_steps(train, sampler)
     if checkpoint:
-        _check_length(step, _state(checkpoint), total, SECTIONS[name])
+        check_length(step, state_of(checkpoint), total, SECTIONS[name])
     train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
     if train.packing:
@@ -134,7 +133,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     interruption = Interruption(name, train.save_total_limit, train.save_every)
     trainer.add_callback(interruption)
     if checkpoint and _has_ended(checkpoint, train, total):
-        trainer.state = _state(checkpoint)  # only the final folder was still to be written
+        trainer.state = state_of(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
         try:
@@ -146,7 +145,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
             raise
     zero.end(config.launch)
     if trainer.is_world_process_zero():
-        _finish(trainer.state, sampler, stage, work, step, metrics.elapsed(), train.keep_checkpoint)
+        write_final(trainer.state, sampler, stage, work, step, metrics.elapsed(), train.keep_checkpoint)
     trainer.accelerator.wait_for_everyone()
     if interruption.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
@@ -180,60 +179,21 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
         )
     facts = read_json(Path(checkpoint) / MARKER)
     sampler = _sampler(train, name, work, facts["accumulation"] * facts["processes"])
-    step.begin(config.seed, _history(step, checkpoint, SECTIONS[name], ends=True))
+    step.begin(config.seed, departures(step, checkpoint, SECTIONS[name], ends=True))
     seconds = _seconds_before(checkpoint)
-    _finish(_state(checkpoint), sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True)
+    write_final(
+        state_of(checkpoint), sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True
+    )
     return step
-
-
-def _history(step: Step, checkpoint: str | None, section: str, ends: bool = False) -> list[dict[str, Any]]:
-    """Return where training departed from its plan: the steps done, of how many, and the fingerprint until then.
-
-    That is at this checkpoint where the stage is to train longer from now on, or to end (`ends`).
-    """
-    found = step.manifest()
-    if found is None or checkpoint is None:
-        if found is not None and found["status"] == FINISHED:
-            raise ArtefactError(
-                f"{step.directory}: finished after {found['steps']} steps, and its training state was not kept "
-                f"({section}.keep_checkpoint=false), so it cannot go on. Train it anew in another run_dir, or start "
-                f"there from its weights with {section}.start_from={step.final}."
-            )
-        return []
-    history = found.get("history", [])
-    state = _state(checkpoint)
-    here = {"step": state.global_step, "of": state.max_steps, "fingerprint": found["fingerprint"]}
-    departs = ends or found["fingerprint"] != step.fingerprint
-    return [*history, here] if departs and history[-1:] != [here] else history
-
-
-def _check_length(step: Step, state: TrainerState, total: int, section: str) -> None:
-    """Say what a stage does that is to train longer, or refuse one that has trained longer than asked for."""
-    if state.global_step > total:
-        raise ArtefactError(
-            f"{step.directory}: trained for {state.global_step} steps already, more than the {total} of "
-            f"{section}.max_steps or {section}.epochs. Restore the settings, use another run_dir, or keep an "
-            f"unfinished stage as it is with `latent-sft finish {step.directory.name}`."
-        )
-    if state.max_steps != total:
-        log.info(
-            "%s: continues from step %d of %d, now to step %d; the learning rate, and whatever else follows the share "
-            "of steps done, is that of the new number",
-            step.directory.name, state.global_step, state.max_steps, total,
-        )  # fmt: skip
 
 
 def _total_steps(train: TrainConfig, sampler: LengthBucketSampler | TokenBatchSampler) -> int:
     return train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
 
 
-def _state(checkpoint: str) -> TrainerState:
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-
-
 def _has_ended(checkpoint: str, train: TrainConfig, total: int) -> bool:
     # the Trainer would train one step more than asked for when it resumes at the last one
-    state = _state(checkpoint)
+    state = state_of(checkpoint)
     converged = 0 < train.stop_at_accuracy <= (state.best_metric or 0.0)
     return state.global_step >= total or converged
 
@@ -297,44 +257,6 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         use_cpu=not torch.cuda.is_available(),
         **schedule,
     )
-
-
-def _finish(
-    state: TrainerState,
-    sampler: LengthBucketSampler | TokenBatchSampler,
-    stage: Stage,
-    work: Workspace,
-    step: Step,
-    seconds: float,
-    keep_checkpoint: bool,
-    **results: Any,
-) -> None:
-    """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
-
-    So it does not matter how the trained model is spread over processes and devices.
-    """
-    newest = Path(str(last_checkpoint(step.directory)))
-    best = step.directory / f"checkpoint-{state.best_global_step}"
-    model = stage.build(work)
-    model.load_state_dict(load_file((best if best.is_dir() else newest) / SAFE_WEIGHTS_NAME), strict=False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
-    stage.save(model, work, step.final)
-    step.finish(
-        train_seconds=round(seconds, 1),
-        steps=state.global_step,
-        examples_seen=sampler.examples_until(state.global_step),
-        parameters=parameters,
-        trained_parameters=trained,
-        validation_accuracy=state.best_metric,
-        best_step=state.best_global_step,
-        **results,
-    )
-    # the best one is in final/ now, but a prolonged stage may find no better one
-    needed = {int(newest.name.removeprefix("checkpoint-")), state.best_global_step} if keep_checkpoint else set()
-    rotate(step.directory, 0, needed)
-    best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
-    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)
 
 
 def _checkpoint_activations(model: torch.nn.Module) -> None:
