@@ -34,8 +34,8 @@ def departures(step: Step, checkpoint: str | None, section: str, ends: bool = Fa
     if found is None or checkpoint is None:
         if found is not None and found["status"] == FINISHED:
             raise ArtefactError(
-                f"{step.directory}: finished after {found['steps']} steps, and its training state was not kept "
-                f"({section}.keep_checkpoint=false), so it cannot go on. Train it anew in another run_dir, or start "
+                f"{step.directory}: finished after {found['steps']} steps, and no checkpoint was kept to go on from "
+                f"({section}.keep_checkpoint). Train it anew in another run_dir, or start "
                 f"there from its weights with {section}.start_from={step.final}."
             )
         return []

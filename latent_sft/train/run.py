@@ -180,10 +180,8 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
     facts = read_json(Path(checkpoint) / MARKER)
     sampler = _sampler(train, name, work, facts["accumulation"] * facts["processes"])
     step.begin(config.seed, departures(step, checkpoint, SECTIONS[name], ends=True))
-    seconds = _seconds_before(checkpoint)
-    write_final(
-        state_of(checkpoint), sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True
-    )
+    state, seconds = state_of(checkpoint), _seconds_before(checkpoint)
+    write_final(state, sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True)
     return step
 
 
