@@ -102,6 +102,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train = verb("train", _train, "one training stage")
     train.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
     experiment(train)
+    finish = verb("finish", _finish, "end a stopped training stage where it stands, and keep its best checkpoint")
+    finish.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
+    experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
     evaluation.add_argument(
@@ -207,6 +210,15 @@ def _train(args: argparse.Namespace) -> int | None:
         with exclusive(Path(config.directory) / args.stage, take=os.environ.get("RANK", "0") == "0"):
             train_stage(config, args.stage)
     return status
+
+
+def _finish(args: argparse.Namespace) -> None:
+    config = _load_one(args)
+    from latent_sft.runs import exclusive
+    from latent_sft.train.run import finish_stage
+
+    with exclusive(Path(config.directory) / args.stage):
+        finish_stage(config, args.stage)
 
 
 def _label(args: argparse.Namespace) -> None:

@@ -95,10 +95,12 @@ def _block(
         for positions in (load.positions, load.encoder_positions)
         if positions
     )
-    # the K table rows of every latent that is a superposition, for the mixture and for the projection
+    # the K table rows of every latent that is a superposition, for the mixture and for the projection; where K is the
+    # whole vocabulary no row but ids, logits and weights of it
     superposed = load.latents if stage == "stage2" or stage.startswith("stage1") else 0
-    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight
-    kept += superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
+    spec, entry = examples.spec, backbone.shape.hidden * numbers.weight
+    entry = entry if spec.top_k < spec.vocab_size else min(entry, 24)
+    kept += superposed * spec.top_k * entry * (2 if load.encoder_positions else 1)
     trains_head = not lora.rank and stage != "stage1-encoder"
     loss = logits(backbone.shape, numbers, load.labels, trained=trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
     states = [model_states(weights, level, gpus) for level in LEVELS]

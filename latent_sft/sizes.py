@@ -22,7 +22,7 @@ from latent_sft.memory import Shape, Weights
 from latent_sft.method.layout import Kind, fixed_segments
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.backbone import core, head_table, input_table
-from latent_sft.models.load import add_lora, load_tokenizer
+from latent_sft.models.load import add_lora, load_tokenizer, tiny_hf_config
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 SAMPLE = 256
@@ -198,7 +198,7 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
         pad_id=0,
         vocab_size=vocab_size,
         rate=config.latent.rate,
-        top_k=config.latent.top_k,
+        top_k=config.latent.top_k or vocab_size,
     )
     row = {"id": "0", "hash": "", "prompt": [0] * prompt, "cot": [0] * cot, "answer": [0] * answer}
     rows = [{**row, "segment_lengths": fixed_segments(cot, spec.rate)}]
@@ -233,17 +233,7 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
             return AutoConfig.from_pretrained(
                 model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
-        return AutoConfig.for_model(
-            tiny.model_type,
-            vocab_size=vocab_size,
-            hidden_size=tiny.hidden_size,
-            num_hidden_layers=tiny.num_layers,
-            num_attention_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_kv_heads,
-            intermediate_size=tiny.intermediate_size,
-            tie_word_embeddings=tiny.tie_embeddings,
-            pad_token_id=None,
-        )
+        return tiny_hf_config(tiny, vocab_size=vocab_size, pad_token_id=None)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name_or_path: no config.json of {model.name_or_path or tiny.model_type!r} here or on the Hub "

@@ -19,15 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import SECTIONS, Config
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
 from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
-from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
+from latent_sft.models.load import (
+    build_tiny,
+    check_start,
+    load_tokenizer,
+    save_lm,
+    vocabulary_size,
+    weights_fingerprint,
+)
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.runs import Step, fingerprint, write_atomically, write_json
+from latent_sft.runs import GivenStep, Step, fingerprint, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,7 @@ _ENCODER_SETTINGS = (
     "marker_input",
 )
 # settings that say how a stage is watched or run, not what it computes
-_WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit")
+_WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit", "keep_checkpoint")
 
 
 def processes(timeout_minutes: float = 30.0) -> PartialState:
@@ -72,6 +79,7 @@ class Workspace:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.directory)
+        self._checked: dict[Path, GivenStep] = {}
         # on several processes the first one writes what the others then read
         with processes(config.launch.timeout_minutes).main_process_first():
             self._open(config)
@@ -83,6 +91,8 @@ class Workspace:
             disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
         self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
         self.base, self.tokenizer = self._base()
+        given = config.model.name_or_path
+        self._weights = self.weights_of(Path(given)) if given and Path(given).is_dir() else None
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
@@ -98,7 +108,8 @@ class Workspace:
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
         train = self.config.stage(name)
-        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
+        # what it starts from is known by its weights: `source`
+        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in (*_WATCHING, "start_from")}
         # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
         del settings["batch_size" if train.max_tokens else "max_tokens"]
         inputs: dict[str, Any] = {
@@ -115,19 +126,26 @@ class Workspace:
             inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
             if self.config.stage1.share_backbone:
                 inputs["share_backbone"] = True
+        source = self.source_of(name)
         if name in ("coconut", "codi", "pccot", "kava"):
             method = dataclasses.asdict(getattr(self.config, name))
             inputs["method"] = {k: v for k, v in method.items() if k != "train"}
-            source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
         elif name not in ("no-cot", "cot"):
             inputs["latent"] = self._latent_settings(name)
-            source = self.source_of(name)
-            inputs["source"] = source.fingerprint if source else "base"
+        if source or name not in ("no-cot", "cot"):
+            inputs["source"] = source.outcome if source else "base"
+        if name == "stage2" and train.start_from:
+            inputs["labels"] = self.labels_step().inputs["encoder"]
         return Step(directory=self.directory / name, inputs=inputs)
 
     def source_of(self, name: str) -> Step | None:
-        """Return the step whose final model a stage starts from, or None where that is the base model."""
+        """Return the step whose final model a stage starts from, or None where that is the base model.
+
+        Raises:
+            ConfigError: `start_from` is not a folder of weights that can take the base model's place.
+        """
+        if name in SECTIONS and self.config.stage(name).start_from:
+            return self._given(name)
         phases = [p for p in STAGE1_PHASES if self.config.stage(p).enabled]
         if name in STAGE1_PHASES:
             earlier = phases[: phases.index(name)] if name in phases else phases
@@ -142,6 +160,27 @@ class Workspace:
             return self.step("cot") if getattr(self.config, name).init == "cot" else None
         return None
 
+    def start_of(self, name: str) -> str | Path:
+        """Return folder or name of the model that a stage starts from; of two, that is the decoder."""
+        source = self.source_of(name)
+        if source is None:
+            return self.base
+        decoder = source.final / "decoder"
+        return decoder if decoder.is_dir() else source.final
+
+    def _given(self, name: str) -> GivenStep:
+        key, given = f"{SECTIONS[name]}.start_from", Path(self.config.stage(name).start_from)
+        folder = given / "final" if (given / "final").is_dir() else given
+        if folder not in self._checked:
+            for part in ("encoder", "decoder") if (folder / "decoder").is_dir() else (".",):
+                check_start(folder / part, key, self.base, self.config.model, self.tokenizer)
+            self._checked[folder] = GivenStep(directory=folder, inputs={"weights": self.weights_of(folder)})
+        return self._checked[folder]
+
+    def weights_of(self, folder: Path) -> str:
+        """Return the fingerprint of a folder's weights."""
+        return weights_fingerprint(folder, self.directory / "weights.json")
+
     def labels_step(self, reader: str = "label") -> Step:
         """Return the step of a store of latents: the labels of stage 2, or what the `stage1-decoder` phase reads.
 
@@ -153,7 +192,7 @@ class Workspace:
         start = {"base": self._base_identity(), "prompt": self._prompt_identity()}
         inputs = {
             "step": "label" if reader == "label" else name,
-            "encoder": source.fingerprint if source else fingerprint(start),
+            "encoder": source.outcome if source else fingerprint(start),
             "data": self._data_identity(),
             "latent": self._latent_settings(reader),
             "dtype": dtype,
@@ -171,7 +210,7 @@ class Workspace:
         }
 
     def _latent_settings(self, name: str) -> dict[str, Any]:
-        settings = dataclasses.asdict(self.config.latent)
+        settings = {**dataclasses.asdict(self.config.latent), "top_k": self.spec.top_k}
         if name == "stage2":
             return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
         return {k: settings[k] for k in _ENCODER_SETTINGS}
@@ -205,13 +244,12 @@ class Workspace:
 
     def _base_identity(self) -> Any:
         model = self.config.model
-        if model.name_or_path:
-            return {
-                "name": model.name_or_path,
-                "revision": model.revision,
-                "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            }
-        return fingerprint(self._tiny_inputs())
+        if not model.name_or_path:
+            return fingerprint(self._tiny_inputs())
+        # a folder is what is in it, wherever it is
+        name = {"name": model.name_or_path, "revision": model.revision}
+        weights = name if self._weights is None else {"weights": self._weights}
+        return {**weights, "tokenizer": tokenizer_fingerprint(self.tokenizer)}
 
     def _data_identity(self) -> Any:
         data = self.config.data

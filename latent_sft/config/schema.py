@@ -142,7 +142,7 @@ class TinyModelConfig:
     """A small model built from scratch with its own word-level tokenizer, for CPU runs."""
 
     model_type: str = "llama"
-    """Any causal decoder type of transformers that takes these sizes."""
+    """Any causal decoder type of transformers; a size that it does not have is refused. Without dropout."""
     hidden_size: int = 64
     num_layers: int = 4
     num_heads: int = 4
@@ -206,6 +206,8 @@ class LatentConfig:
     rate: int = 2
     segmentation: Literal["fixed", "step"] = "fixed"
     top_k: int = 10
+    """Entries of the vocabulary that a latent mixes; 0 all of them, as the paper defines it. A stored label then takes
+    6 bytes times the vocabulary a latent (`labels.dtype=float16`)."""
     projection: Literal["input", "head"] = "input"
     exclude_end: bool = True
     temperature: float = 1.0
@@ -221,7 +223,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         need(self.rate >= 1, "latent.rate", self.rate, "an integer >= 1 (CoT tokens per latent)")
-        need(self.top_k >= 1, "latent.top_k", self.top_k, "an integer >= 1")
+        need(self.top_k >= 0, "latent.top_k", self.top_k, "0 (the whole vocabulary) or an integer >= 1")
         need(self.temperature > 0, "latent.temperature", self.temperature, "a number > 0")
         need(self.noise_scale >= 0, "latent.noise_scale", self.noise_scale, "a number >= 0")
         need(self.noise_temperature > 0, "latent.noise_temperature", self.noise_temperature, "a number > 0")
@@ -419,16 +421,20 @@ class Config:
             self.stage(stage).check(SECTIONS[stage])
         for name in ("codi", "pccot", "kava"):
             getattr(self, name).check(name)
+        phases = [s for s in STAGES if s.startswith("stage1") and self.stage(s).enabled]
         if self.stage1.share_backbone:
             need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
+            for stage in phases[1:]:
+                given = self.stage(stage).start_from
+                need(not given, f"{SECTIONS[stage]}.start_from", given, "empty, or stage1.share_backbone=false")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
         need(not fp16, f"{SECTIONS[(fp16 or STAGES)[0]]}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
-        starting = {"stage1": any(self.stage(s).enabled for s in STAGES if s.startswith("stage1"))}
-        starting |= {name: getattr(self, name).train.enabled for name in ("coconut", "codi", "pccot", "kava")}
-        for name, enabled in starting.items():
-            if enabled and getattr(self, name).init == "cot":
+        first = {"stage1": phases[0]} if phases else {}
+        first |= {name: name for name in ("coconut", "codi", "pccot", "kava") if self.stage(name).enabled}
+        for name, stage in first.items():
+            if getattr(self, name).init == "cot" and not self.stage(stage).start_from:
                 need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
         soft = self.soft_thinking.enabled
         need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true, since it runs that model")

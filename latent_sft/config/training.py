@@ -19,6 +19,11 @@ class TrainConfig:
     """How one stage is trained."""
 
     enabled: bool = True
+    start_from: str = ""
+    """Folder of weights to start from instead of what the stage would start from: a finished stage of another run
+    (RUN/STAGE), an export, or any folder of transformers with the sizes and the tokenizer of `model`. Known by its
+    content, not by its path. A phase of stage 1 takes encoder, decoder and marker from a folder of stage 1; a stage
+    that trains one model takes its decoder."""
     max_steps: int = 0
     """Optimizer steps; 0 trains `epochs`."""
     epochs: float = 1.0
@@ -54,6 +59,9 @@ class TrainConfig:
     """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
     save_total_limit: int = 2
     """Newest checkpoints that stay, the best one among them."""
+    keep_checkpoint: bool = True
+    """Keep the last checkpoint of a finished stage (and the best one), so that it can go on with more steps: weights
+    and optimizer, with AdamW three times the trained parameters in float32. false deletes them."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0

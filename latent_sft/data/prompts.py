@@ -65,7 +65,7 @@ def build_spec(tokenizer: PreTrainedTokenizerBase, config: Config, vocab_size: i
         prompt_template=template,
         system_prompt=prompt.system,
         system_placement=prompt.system_placement,
-        **dataclasses.asdict(config.latent),
+        **{**dataclasses.asdict(config.latent), "top_k": config.latent.top_k or vocab_size},
     )
     for name, token_id in (("eos", spec.eos_id), ("pad", spec.pad_id)):
         if token_id >= vocab_size:

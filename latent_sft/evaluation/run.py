@@ -146,7 +146,7 @@ def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
     if not settings["interventions"]:
         del settings["interventions"]  # as in runs that are older than they
     inputs = {
-        "model": source.fingerprint,
+        "model": source.outcome,
         "split": split,
         "data": work.splits.sources.get(split, ""),
         "eval": settings,

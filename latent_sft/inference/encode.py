@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import SECTIONS, Config
 from latent_sft.data.labels import LabelRow, LabelWriter
-from latent_sft.errors import ArtefactError
+from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.solve import gold_latents
 from latent_sft.models.load import add_lora, initial_marker, load_lm, twin
 from latent_sft.models.stage1 import Stage1Model
@@ -52,10 +52,9 @@ def phase_start(work: Workspace, reader: str) -> Stage1Model:
     initial marker.
     """
     source = work.source_of(reader)
-    if source is not None and source.directory.name in STAGE1_PHASES:
+    if source is not None and (source.directory.name in STAGE1_PHASES or (source.final / MARKER_FILE).exists()):
         return load_stage1(work, source.final)
-    start = work.base if source is None else source.final
-    encoder, decoder = (load_lm(start, work.config.model) for _ in range(2))
+    encoder, decoder = (load_lm(work.start_of(reader), work.config.model) for _ in range(2))
     marker = initial_marker(encoder, work.spec)
     return Stage1Model(encoder, decoder, marker, work.spec, attention=work.config.stage1.attention)
 
@@ -69,14 +68,20 @@ def shared_start(work: Workspace, phase: str) -> Stage1Model:
         ArtefactError: the phase before was trained with two models.
     """
     config, source = work.config, work.source_of(phase)
-    start = work.step("cot").final if config.stage1.init == "cot" else work.base
-    encoder = load_lm(start, config.model)
+    first = next((p for p in STAGE1_PHASES if config.stage(p).enabled), phase)
+    root = work.source_of(first)
+    if root is not None and (root.final / MARKER_FILE).exists():
+        raise ConfigError(
+            f"{SECTIONS[first]}.start_from: {root.final} holds an encoder and a decoder, expected one model where "
+            "stage1.share_backbone is true. Give one of its two folders."
+        )
+    encoder = load_lm(work.start_of(first), config.model)
     decoder = twin(encoder)
     marker = initial_marker(encoder, work.spec)
     model = Stage1Model(encoder, decoder, marker, work.spec, attention=config.stage1.attention)
     model.encoder = add_lora(model.encoder, config.model.lora)
     model.decoder = add_lora(model.decoder, config.model.lora)
-    if source is not None and source.directory.name in STAGE1_PHASES:
+    if phase != first and source is not None:
         path = source.final / ADAPTERS_FILE
         if not path.exists():
             raise ArtefactError(f"{path}: missing; that phase was trained without stage1.share_backbone. Run it again.")

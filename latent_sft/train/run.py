@@ -2,7 +2,8 @@
 
     workspace -> stage (a row of stages.py) -> LatentTrainer (trainer.py) -> <run>/<stage>/final
 
-A stage that is finished is skipped; one that was interrupted goes on from its last complete checkpoint.
+A stage that is finished is skipped; one that was interrupted, or is to train longer, goes on from its last complete
+checkpoint; `finish_stage` ends one where it stands.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from latent_sft.config.schema import SECTIONS, Config, TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
@@ -27,15 +25,16 @@ from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
 from latent_sft.models.backbone import core
 from latent_sft.models.stage1 import Stage1Model
-from latent_sft.runs import Step
+from latent_sft.runs import Step, read_json
 from latent_sft.train import zero
 from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.train.curriculum import ForgetMoments, Staged, numbered
+from latent_sft.train.ending import check_length, departures, state_of, write_final
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
-from latent_sft.train.interruption import Interruption, last_checkpoint, same_step
+from latent_sft.train.interruption import MARKER, Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import STAGES, Stage, validation_metrics
+from latent_sft.train.stages import STAGES, validation_metrics
 from latent_sft.train.trainer import LatentTrainer
 from latent_sft.workspace import Workspace, processes
 
@@ -59,7 +58,9 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         Interrupted: the process was told to stop; a checkpoint is written (see `train/interruption.py`).
     """
     work = work or Workspace(config)
-    step, train, stage = work.step(name), config.stage(name), STAGES[name]
+    with processes().main_process_first():  # it may read a whole model to know it
+        step = work.step(name)
+    train, stage = config.stage(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
         return step
@@ -70,6 +71,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
+    history = departures(step, checkpoint, SECTIONS[name])
     train = same_step(train, SECTIONS[name], checkpoint, processes().num_processes)
     if checkpoint:
         zero.check_checkpoint(checkpoint, config.launch)
@@ -89,12 +91,15 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
     check_rows(len(work.data["train"]), train, name, processes().num_processes)
-    sampler = _sampler(train, name, work)
+    sampler = _sampler(train, name, work, train.accumulation * processes().num_processes)
+    total = _total_steps(train, sampler)
+    if checkpoint:
+        check_length(step, state_of(checkpoint), total, SECTIONS[name])
     train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
     collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
-        step.begin(config.seed)
+        step.begin(config.seed, history)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
     callbacks: list[TrainerCallback] = [metrics]
     if config.report_to:
@@ -122,8 +127,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     trainer.add_callback(StageProgress(name))
     interruption = Interruption(name, train.save_total_limit, train.save_every)
     trainer.add_callback(interruption)
-    if checkpoint and _has_ended(checkpoint, train):
-        trainer.state = _state(checkpoint)  # only the final folder was still to be written
+    if checkpoint and _has_ended(checkpoint, train, total):
+        trainer.state = state_of(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
         try:
@@ -135,28 +140,60 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
             raise
     zero.end(config.launch)
     if trainer.is_world_process_zero():
-        _finish(trainer, stage, work, step, metrics.elapsed())
+        write_final(trainer.state, sampler, stage, work, step, metrics.elapsed(), train.keep_checkpoint)
     trainer.accelerator.wait_for_everyone()
     if interruption.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
     return step
 
 
-def _state(checkpoint: str) -> TrainerState:
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+def finish_stage(config: Config, name: str, work: Workspace | None = None) -> Step:
+    """End an interrupted stage where it stands: its best checkpoint becomes `final`, as if training had ended there.
+
+    Args:
+        config: the experiment.
+        name: a stage of `latent_sft.config.schema.STAGES`; nothing may be training it.
+        work: the opened experiment, where the caller has it.
+
+    Returns:
+        The finished step; its results say `ended_early`, and what is made from it has a fingerprint of its own.
+
+    Raises:
+        ArtefactError: there is no complete checkpoint, or the folder belongs to another experiment.
+    """
+    work = work or Workspace(config)
+    step, train = work.step(name), config.stage(name)
+    if step.is_finished():
+        log.info("%s: finished already (%s)", name, step.directory)
+        return step
+    checkpoint = last_checkpoint(step.directory)
+    if checkpoint is None:
+        raise ArtefactError(
+            f"{step.directory}: no complete checkpoint, so there is nothing to finish with. `latent-sft train {name}` "
+            f"writes one at every evaluation, or every {SECTIONS[name]}.save_every steps, and when it is told to stop."
+        )
+    facts = read_json(Path(checkpoint) / MARKER)
+    sampler = _sampler(train, name, work, facts["accumulation"] * facts["processes"])
+    step.begin(config.seed, departures(step, checkpoint, SECTIONS[name], ends=True))
+    state, seconds = state_of(checkpoint), _seconds_before(checkpoint)
+    write_final(state, sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True)
+    return step
 
 
-def _has_ended(checkpoint: str, train: TrainConfig) -> bool:
+def _total_steps(train: TrainConfig, sampler: LengthBucketSampler | TokenBatchSampler) -> int:
+    return train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
+
+
+def _has_ended(checkpoint: str, train: TrainConfig, total: int) -> bool:
     # the Trainer would train one step more than asked for when it resumes at the last one
-    state = _state(checkpoint)
+    state = state_of(checkpoint)
     converged = 0 < train.stop_at_accuracy <= (state.best_metric or 0.0)
-    return state.global_step >= state.max_steps or converged
+    return state.global_step >= total or converged
 
 
-def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSampler | TokenBatchSampler:
-    # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
+def _sampler(train: TrainConfig, name: str, work: Workspace, per_step: int) -> LengthBucketSampler | TokenBatchSampler:
+    # both cut by what an optimizer step takes (`per_step` micro-batches), which the processes only share out
     data, seed = work.data["train"], work.config.seed
-    per_step = train.accumulation * processes().num_processes
     sampler: LengthBucketSampler | TokenBatchSampler
     if train.max_tokens:
         lengths = STAGES[name].lengths(data, work)
@@ -164,8 +201,7 @@ def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSamp
     else:
         sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
     if name == "coconut":
-        total = train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
-        sampler.number = numbered(len(data), total, work.config.coconut, seed)
+        sampler.number = numbered(len(data), _total_steps(train, sampler), work.config.coconut, seed)
     return sampler
 
 
@@ -214,34 +250,6 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         use_cpu=not torch.cuda.is_available(),
         **schedule,
     )
-
-
-def _finish(trainer: LatentTrainer, stage: Stage, work: Workspace, step: Step, seconds: float) -> None:
-    """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
-
-    So it does not matter how the trained model is spread over processes and devices.
-    """
-    state = trainer.state
-    best = step.directory / f"checkpoint-{state.best_global_step}"
-    saved = best if best.is_dir() else Path(str(last_checkpoint(step.directory)))
-    model = stage.build(work)
-    model.load_state_dict(load_file(saved / SAFE_WEIGHTS_NAME), strict=False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
-    stage.save(model, work, step.final)
-    step.finish(
-        train_seconds=round(seconds, 1),
-        steps=state.global_step,
-        examples_seen=trainer.sampler.examples_until(state.global_step),
-        parameters=parameters,
-        trained_parameters=trained,
-        validation_accuracy=state.best_metric,
-        best_step=state.best_global_step,
-    )
-    for checkpoint in step.directory.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # the best one is in final/ now
-    best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
-    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)
 
 
 def _checkpoint_activations(model: torch.nn.Module) -> None:

@@ -75,8 +75,8 @@ def _frozen(lm: nn.Module) -> nn.Module:
     return lm.requires_grad_(False)
 
 
-def _build_explicit(work: Workspace) -> nn.Module:
-    return ExplicitModel(trainable(load_lm(work.base, work.config.model), work.config.model.lora))
+def _build_explicit(work: Workspace, *, name: str) -> nn.Module:
+    return ExplicitModel(trainable(load_lm(work.start_of(name), work.config.model), work.config.model.lora))
 
 
 def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
@@ -137,7 +137,7 @@ def _build_stage2(work: Workspace) -> nn.Module:
     source = work.source_of("stage2")
     assert source is not None  # source_of raises where there is no stage-1 phase
     source.results()
-    lm = load_lm(source.final / "decoder", work.config.model)
+    lm = load_lm(work.start_of("stage2"), work.config.model)
     return Stage2Model(trainable(lm, work.config.model.lora), work.spec)
 
 
@@ -165,7 +165,7 @@ def _inner_lm(model: Any) -> nn.Module:
 STAGES: dict[str, Stage] = {
     "no-cot": Stage(
         thinker="none",
-        build=_build_explicit,
+        build=partial(_build_explicit, name="no-cot"),
         collate=partial(_collate_explicit, with_cot=False),
         lengths=lambda data, work: explicit_lengths(data, work.spec, with_cot=False),
         lm=_inner_lm,
@@ -174,7 +174,7 @@ STAGES: dict[str, Stage] = {
     ),
     "cot": Stage(
         thinker="explicit",
-        build=_build_explicit,
+        build=partial(_build_explicit, name="cot"),
         collate=partial(_collate_explicit, with_cot=True),
         lengths=lambda data, work: explicit_lengths(data, work.spec, with_cot=True),
         lm=_inner_lm,

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from latent_sft.config.schema import Config, SelfDistillConfig, TrainConfig
+from latent_sft.config.schema import SECTIONS, Config, SelfDistillConfig, TrainConfig
 from latent_sft.data.collate import Batch
 from latent_sft.data.thought_batches import coconut_batch, distill_batch
+from latent_sft.errors import ConfigError
 from latent_sft.method.types import ThoughtSpec
 from latent_sft.models.backbone import core, embed
 from latent_sft.models.coconut import CoconutModel
 from latent_sft.models.load import load_lm, merged, save_lm, trainable
 from latent_sft.models.self_distill import SelfDistillModel
 from latent_sft.models.sharding import whole
-from latent_sft.models.thoughts import Thoughts, save_thoughts
+from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, save_thoughts
 from latent_sft.train.sampler import Lengths
 from latent_sft.train.thought_lengths import distill_lengths
 from latent_sft.workspace import Workspace
@@ -30,22 +32,32 @@ Collate = Callable[[list[dict[str, Any]]], Batch]
 def build_distill(work: Workspace, *, name: str) -> nn.Module:
     """Return the model of `codi`, `pccot` or `kava`, ready to train."""
     settings: SelfDistillConfig = getattr(work.config, name)
-    lm = _started(work, name)
+    lm = load_lm(work.start_of(name), work.config.model)
     thoughts = _thoughts(lm, work, _thought_spec(settings), dropout=settings.projection_dropout)
+    _take_given(thoughts, work, name)
     return SelfDistillModel(trainable(lm, work.config.model.lora), thoughts, work.spec, settings)
 
 
 def build_coconut(work: Workspace) -> nn.Module:
     """Return the model of `coconut`, ready to train."""
     count = work.config.coconut.num_latents
-    lm = _started(work, "coconut")
+    lm = load_lm(work.start_of("coconut"), work.config.model)
     thoughts = _thoughts(lm, work, ThoughtSpec(num_latents=count, iterations=count))
+    _take_given(thoughts, work, "coconut")
     return CoconutModel(trainable(lm, work.config.model.lora), thoughts, work.spec)
 
 
-def _started(work: Workspace, name: str) -> nn.Module:
-    source = work.source_of(name)
-    return load_lm(work.base if source is None else source.final, work.config.model)
+def _take_given(thoughts: Thoughts, work: Workspace, name: str) -> None:
+    # from a stage of this kind, what is between its thoughts goes on too
+    path = Path(work.start_of(name)) / THOUGHTS_FILE
+    if not work.config.stage(name).start_from or not path.exists():
+        return
+    try:
+        thoughts.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{SECTIONS[name]}.start_from: {path} does not fit {name} as it is configured here (projection)."
+        ) from error
 
 
 def _thoughts(lm: nn.Module, work: Workspace, spec: ThoughtSpec, dropout: float = 0.0) -> Thoughts:

@@ -80,7 +80,7 @@ def test_an_empty_value_is_the_empty_string_and_a_value_may_hold_an_equals_sign(
         ("data.on_error=ignore", "data.on_error: Invalid value 'ignore', expected one of ['raise', 'skip']"),
         # out of range
         ("latent.rate=0", "latent.rate: got 0, expected an integer >= 1 (CoT tokens per latent)."),
-        ("latent.top_k=0", "latent.top_k: got 0, expected an integer >= 1."),
+        ("latent.top_k=-1", "latent.top_k: got -1, expected 0 (the whole vocabulary) or an integer >= 1."),
         ("latent.temperature=0", "latent.temperature: got 0.0, expected a number > 0."),
         ("latent.decode_temperature=-1", "latent.decode_temperature: got -1.0, expected a number > 0."),
         ("latent.noise_clip=[3,1]", "latent.noise_clip: got (3.0, 1.0), expected [low, high] with low < high."),

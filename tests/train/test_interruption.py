@@ -122,7 +122,8 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(tiny_config, tmp_path, prep
     results = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, stopped)]
     assert results[0]["best_step"] == results[1]["best_step"]
     assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
-    assert not list(stopped.glob("checkpoint-*"))
+    kept = {f"checkpoint-{results[1][which]}" for which in ("steps", "best_step")}
+    assert {p.name for p in stopped.glob("checkpoint-*")} == kept
 
 
 def test_a_stop_at_the_end_of_an_epoch_evaluates_it_first(tiny_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from latent_sft.data.collate import stage1_batch
+from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.inference.label import make_labels
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
@@ -286,3 +289,18 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
+
+
+def test_latents_of_the_whole_vocabulary_are_trained_and_learnt(tiny_config):
+    """`latent.top_k=0`, the paper's definition, is top_k of the vocabulary's size: the same steps."""
+    settings = ("stage1.encoder.enabled=false", "stage1.decoder.enabled=false", "stage1.union.max_steps=1")
+    config = tiny_config(*settings, "stage1.union.eval_every=1", "stage2.eval_every=4", "latent.top_k=0")
+    work = Workspace(config)
+    train_stage(config, "stage1-union", work)
+    make_labels(config, work)
+    step = train_stage(config, "stage2", work)
+    store = LabelStore(work.labels_step().directory / "store", expect=work.labels_made_from())
+    assert store.top_k == work.spec.top_k == work.spec.vocab_size
+    assert all(map(math.isfinite, logged(step.directory, "train/loss_kl")))
+    named = tiny_config(*settings, "stage1.union.eval_every=1", f"latent.top_k={work.spec.vocab_size}")
+    assert Workspace(named).labels_step().is_finished()
