@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from latent_sft.data.prompts import build_spec
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
-from latent_sft.models.load import build_tiny, load_tokenizer, save_lm, vocabulary_size
+from latent_sft.models.load import build_tiny, load_tokenizer, max_positions, save_lm, vocabulary_size
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.runs import Step, fingerprint, write_atomically, write_json
 
@@ -66,7 +67,7 @@ class Workspace:
         base: folder or Hub name of the base model.
         tokenizer: its tokenizer.
         spec: the LatentSpec.
-        splits: the records.
+        splits: the records, read where they are asked for.
     """
 
     def __init__(self, config: Config) -> None:
@@ -81,19 +82,26 @@ class Workspace:
             torch.set_num_threads(config.launch.cpu_threads)
         if not config.model.name_or_path:
             disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
-        self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
+        self.splits: Splits = load_splits(config.data)
         self.base, self.tokenizer = self._base()
         self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
     @cached_property
-    def data(self) -> dict[str, Dataset]:
-        """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk."""
-        with processes().main_process_first():
-            return self._tokenise()
+    def data(self) -> Mapping[str, Dataset]:
+        """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk.
 
-    def _tokenise(self) -> dict[str, Dataset]:
-        return tokenized_splits(self.config, self.tokenizer, self.spec, self.splits, self.directory / "data")
+        On several processes all have to ask for a split: the first one makes it, the others read it.
+        """
+        return tokenized_splits(
+            self.config,
+            self.tokenizer,
+            self.spec,
+            self.splits,
+            self.directory / "data",
+            max_positions(self.base, self.config.model),
+            in_turn=processes().main_process_first,
+        )
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
@@ -217,7 +225,7 @@ class Workspace:
         data = self.config.data
         limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_cot_tokens": data.max_cot_tokens}
         sources = {k: v for k, v in self.splits.sources.items() if k != "test"}
-        return {"sources": sources, "num_train": len(self.splits.train), **limits}
+        return {"sources": sources, **limits}
 
     def _prompt_identity(self) -> dict[str, Any]:
         spec = self.spec.to_dict()
