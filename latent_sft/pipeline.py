@@ -13,6 +13,7 @@ from latent_sft.config.schema import Config
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
+from latent_sft.evaluation.tables import skipped
 from latent_sft.export.checkpoint import export_run
 from latent_sft.inference.label import make_labels
 from latent_sft.launcher import bound_environ, build_command, start
@@ -118,12 +119,16 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
     split = "test" if "test" in config.eval.splits and "test" in work.data else "validation"
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
     for name, stages in evaluated_models(work).items():
-        result = read_json(work.directory / "eval" / name / f"{split}.json")["summary"]
+        path = work.directory / "eval" / name / f"{split}.json"
+        if not path.exists():
+            continue  # a split without CoTs has nothing for stage 1
+        result = read_json(path)["summary"]
         trained = [stage.results() for stage in stages]
         summary[name] = {
             "accuracy": result["accuracy"],
             "accuracy_se": result["accuracy_se"],
             "num_examples": result["num_examples"],
+            **({"skipped": result["skipped"]} if result.get("skipped") else {}),
             "reasoning_steps_mean": result["reasoning_steps_mean"],
             "forward_passes_mean": result["forward_passes_mean"],
             "seconds_per_problem": result["seconds_per_problem"],
@@ -145,7 +150,7 @@ def _show(summary: dict[str, Any], report: Path) -> None:
             table.add_row(
                 name,
                 f"{row['accuracy']:.1%} ± {row['accuracy_se'] or 0:.1%}",
-                str(row["num_examples"]),
+                str(row["num_examples"]) + (f", {skipped(row)} skipped" if row.get("skipped") else ""),
                 f"{row['reasoning_steps_mean']:.1f}",
                 f"{row['train_seconds']:.0f} s",
                 f"{row['examples_seen']:,}",

@@ -28,6 +28,8 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
         ("train time", lambda r: duration(r.get("train_seconds"))),
         ("examples seen", lambda r: number(r.get("examples_seen"), 0)),
     ]
+    if any(r.get("skipped") for r in results):
+        columns.insert(4, ("skipped", skipped))
     for k in sorted({int(k) for r in results for k in r.get("pass_at") or {} if int(k) > 1}):
         columns.append((f"pass@{k} %", lambda r, k=k: percent((r.get("pass_at") or {}).get(str(k)))))
     return [name for name, _ in columns], [[cell(r) for _, cell in columns] for r in results]
@@ -94,6 +96,14 @@ def accuracy(row: Mapping[str, Any]) -> str:
     """Return `97.2 ± 0.5`, in percent with one standard error."""
     error = row.get("accuracy_se")
     return percent(row["accuracy"]) + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def skipped(row: Mapping[str, Any]) -> str:
+    """Return `3 (2 too long, 1 bad row)`, the rows of the split that are not in the accuracy, or a dash."""
+    found = row.get("skipped")
+    if not found:
+        return NONE
+    return f"{sum(found.values()):,} ({', '.join(f'{count:,} {reason}' for reason, count in found.items())})"
 
 
 def percent(value: float | None) -> str:
