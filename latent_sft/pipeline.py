@@ -43,6 +43,8 @@ def run_experiment(config: Config) -> dict[str, Any]:
     directory = Path(config.directory)
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
+    for split in work.data:
+        _ = work.data[split]  # a bad row of the test set must not show after the training
     names = steps(config)
     with _Baseline(config, work) as baseline:
         for number, name in enumerate(names, 1):

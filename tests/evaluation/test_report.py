@@ -8,7 +8,7 @@ import pytest
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
 from latent_sft.evaluation.report import read_curves, read_run, write_report
-from latent_sft.evaluation.tables import accuracy, duration, number, percent
+from latent_sft.evaluation.tables import accuracy, duration, number, percent, result_table
 
 STEPS = {"no-cot": 0.0, "cot": 24.0, "stage1": 12.0, "latent-sft": 12.1}
 ACCURACY = {"no-cot": 0.31, "cot": 0.998, "stage1": 0.996, "latent-sft": 0.982}
@@ -233,3 +233,11 @@ def test_cells():
         "1 h 00 min",
         "2 h 05 min",
     ]
+
+
+def test_skipped_rows_stand_beside_the_accuracy_where_there_are_any():
+    rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "num_examples": 6}] * 2
+    assert "skipped" not in result_table(rows)[0]
+    header, cells = result_table([rows[0], {**rows[1], "skipped": {"bad row": 1, "too long": 1200}}])
+    assert header[2:5] == ["accuracy %", "n", "skipped"]
+    assert [line[4] for line in cells] == ["–", "1,201 (1 bad row, 1,200 too long)"]
