@@ -236,6 +236,7 @@ def _finish(trainer: LatentTrainer, stage: Stage, work: Workspace, step: Step, s
     stage.save(model, work, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
+        train_rows=len(work.data["train"]),
         steps=state.global_step,
         examples_seen=trainer.sampler.examples_until(state.global_step),
         parameters=parameters,
