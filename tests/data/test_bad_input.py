@@ -235,6 +235,11 @@ def test_a_saved_data_set_with_a_damaged_state(name: str, tmp_path: Path) -> Non
     check(folder, r"a/state\.json: damaged .*expected the names of the Arrow files.*(Save or fetch|again)")
 
 
+def test_a_saved_data_set_without_rows(tmp_path: Path) -> None:
+    Dataset.from_dict({"problem": []}).save_to_disk(str(tmp_path / "a"))  # has no Arrow file
+    check(tmp_path / "a", "no usable rows; expected at least one for train")
+
+
 def test_a_saved_data_set_with_files_missing_or_cut(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", table())
     (arrow,) = folder.glob("*.arrow")

@@ -274,3 +274,9 @@ def test_steps_by_separator_are_the_whole_cot(tmp_path: Path, separator: str, co
     assert row["segment_lengths"] == row["step_lengths"] == lengths
     assert sum(lengths) == len(row["cot"])
     assert "".join("".join(row["steps"]).split()) == "".join(cot.split())
+
+
+def test_a_problem_of_every_private_use_character_is_tokenised(tmp_path: Path) -> None:
+    """They stand for cuts in front of control tokens, so one must be found that the text does not hold."""
+    values = [{"problem": "".join(map(chr, range(0xE000, 0xF900))), "cot": "1", "answer": "1"}]
+    assert len(from_files(tmp_path, values, max_prompt_tokens=10_000)["test"]) == 1
