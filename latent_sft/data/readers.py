@@ -202,8 +202,9 @@ def _saved_files(path: Path) -> list[Path]:
     try:
         return [path / file["filename"] for file in read_json(state)["_data_files"]]
     except (ArtefactError, KeyError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
-            f"{state}: damaged ({' '.join(str(error).split())}); expected the names of the Arrow files under "
+            f"{state}: damaged ({reason}); expected the names of the Arrow files under "
             "'_data_files'. Save or fetch the data set again."
         ) from error
 
