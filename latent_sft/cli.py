@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:
+            # no permission, a name too long, a file where a folder belongs: wherever it showed, a path is wrong
+            error = ConfigError(f"{error.filename}: {error.strerror}; expected a path that can be read and written.")
         expected = isinstance(error, LatentSFTError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected or args.debug else " (add --debug for the traceback)"
@@ -63,6 +66,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line; `key=value` settings may stand anywhere after the verb."""
     parser, verbs = build_parser()
+    for word in argv:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            parser.error(f"{word!r} is not UTF-8; expected text.")
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in verbs:
         parser.error(f"unknown command {verb!r}.{did_you_mean(verb, verbs, shown=len(verbs))}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from latent_sft.models.load import (
     build_tiny,
     check_start,
     load_tokenizer,
+    max_positions,
     save_lm,
     vocabulary_size,
     weights_fingerprint,
@@ -73,7 +75,7 @@ class Workspace:
         base: folder or Hub name of the base model.
         tokenizer: its tokenizer.
         spec: the LatentSpec.
-        splits: the records.
+        splits: the records, read where they are asked for.
     """
 
     def __init__(self, config: Config) -> None:
@@ -89,7 +91,7 @@ class Workspace:
             torch.set_num_threads(config.launch.cpu_threads)
         if not config.model.name_or_path:
             disable_progress_bar()  # transformers' bars for loading and saving: noise for a model of a megabyte
-        self.splits: Splits = load_splits(config.data, skipped_to=self.directory / "data" / "skipped.jsonl")
+        self.splits: Splits = load_splits(config.data)
         self.base, self.tokenizer = self._base()
         given = config.model.name_or_path
         self._weights = self.weights_of(Path(given)) if given and Path(given).is_dir() else None
@@ -97,13 +99,20 @@ class Workspace:
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
     @cached_property
-    def data(self) -> dict[str, Dataset]:
-        """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk."""
-        with processes().main_process_first():
-            return self._tokenise()
+    def data(self) -> Mapping[str, Dataset]:
+        """Tokenised `train`, `validation` and `test` (see `latent_sft.data.dataset`), cached on disk.
 
-    def _tokenise(self) -> dict[str, Dataset]:
-        return tokenized_splits(self.config, self.tokenizer, self.spec, self.splits, self.directory / "data")
+        On several processes all have to ask for a split: the first one makes it, the others read it.
+        """
+        return tokenized_splits(
+            self.config,
+            self.tokenizer,
+            self.spec,
+            self.splits,
+            self.directory / "data",
+            max_positions(self.base, self.config.model),
+            in_turn=processes().main_process_first,
+        )
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
@@ -255,7 +264,7 @@ class Workspace:
         data = self.config.data
         limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_cot_tokens": data.max_cot_tokens}
         sources = {k: v for k, v in self.splits.sources.items() if k != "test"}
-        return {"sources": sources, "num_train": len(self.splits.train), **limits}
+        return {"sources": sources, **limits}
 
     def _prompt_identity(self) -> dict[str, Any]:
         spec = self.spec.to_dict()

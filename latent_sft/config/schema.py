@@ -101,15 +101,21 @@ class DataConfig:
     cot_style: Literal["text", "equations"] = "text"
     """gsm8k format: `equations` keeps only the <<...>> steps (GSM8K-Aug style), `text` drops the annotations."""
     on_error: Literal["raise", "skip"] = "raise"
-    """skip counts and lists the bad rows in `data/skipped.jsonl` of the run directory."""
+    """skip counts and lists the bad rows in `data/<split>/skipped.jsonl` of the run directory; evaluation shows the
+    count beside the accuracy."""
     validation_size: int = 500
     split_seed: int = 0
     limit_train: int = 0
-    """Use only the first rows; 0 uses all."""
+    """Use only the first rows; 0 uses all. The rest of the file is not read, unless validation is split off it."""
+    limit_validation: int = 0
     limit_test: int = 0
+    step_separator: str = "\n"
+    """Where a chain of thought is cut into steps, in rows that do not list them (fields.steps); it stays with the step
+    before it. At line breaks, a text of nothing but <<...>> equations is cut into these."""
     max_prompt_tokens: int = 1024
     max_cot_tokens: int = 4096
-    """Longer rows are errors (or skipped with on_error=skip), never cut silently."""
+    """Longer rows are errors (or skipped with on_error=skip), never cut silently. A row of validation or test is not
+    left out for its reference CoT: it is evaluated without it."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
@@ -121,6 +127,9 @@ class DataConfig:
         )
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
         need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
+        need(bool(self.step_separator), "data.step_separator", self.step_separator, "a text such as a line break or ;")
+        for key in ("limit_train", "limit_validation", "limit_test"):
+            need(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "an integer >= 0 (0: all rows)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,8 +228,8 @@ def _cut(text: str, reserved: re.Pattern[str] | None, cut: str) -> str:
 
 
 def _unused_character(text: str) -> str:
-    # of the private use area, which carries no meaning in any text
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    # of the private use area, which carries no meaning in any text; beyond it where a text holds all of that
+    return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str) -> tuple[list[int], list[int]]:

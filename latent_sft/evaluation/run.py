@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from latent_sft.config.schema import Config
+from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement
 from latent_sft.evaluation.causal import check_given, intervene
@@ -77,7 +78,9 @@ def evaluate(
             if split not in work.data:
                 log.warning("eval: there is no %s split, skipped.", split)
                 continue
-            found.setdefault(name, {})[split] = _evaluate_one(config, work, name, source, split)
+            summary = _evaluate_one(config, work, name, source, split)
+            if summary is not None:
+                found.setdefault(name, {})[split] = summary
     return found
 
 
@@ -86,7 +89,7 @@ def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
     return {name: [work.step(stage) for stage in stages] for name, stages in models_of(work.config).items()}
 
 
-def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any]:
+def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any] | None:
     settings = config.eval
     step = _step(work, name, source, split)
     path = work.directory / "eval" / name / f"{split}.json"
@@ -94,8 +97,14 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         return step.results()["summary"]
     thinker = _load(work, name, source)
     rows = as_rows(work.data[split], settings.limit)
+    skipped = skipped_rows(work.directory / "data" / split)
     if thinker.kind == "gold":
-        rows = [r for r in rows if r["cot"]]
+        with_cot = [r for r in rows if r["cot"]]
+        skipped |= {"no usable CoT": len(rows) - len(with_cot)} if len(with_cot) < len(rows) else {}
+        rows = with_cot
+    if not rows:
+        log.warning("eval: no row of %s has a CoT that %s could encode, skipped.", split, name)
+        return None
     sampling = None
     if settings.sample:
         sampling = Sampling(
@@ -127,6 +136,10 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         heatmap_problems=settings.heatmap_problems,
         **grading,
     )
+    if skipped:
+        summary["skipped"] = skipped
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        log.warning("eval %s %s: the accuracy is without rows that were skipped (%s)", name, split, reasons)
     first = decoded[:: settings.num_samples]
     summary |= agreement(first, rows)
     names = _interventions(work, name, split)

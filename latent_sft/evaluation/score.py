@@ -164,9 +164,9 @@ def _latent_numbers(
         "latent_entropy_mean": every.mean().item(),
         "end_top1_share": (top1 == spec.end_think_ids[0]).double().mean().item(),
         "ecr": {
-            str(k): _mean([ecr_at_k(latents, cot, k) for latents, cot in thought])
+            str(k): _mean([ecr_at_k(latents, cot, k) for latents, cot in thought if cot])
             for k in sorted({*ECR_K, kept})
-            if k <= kept
+            if k <= kept and any(cot for _, cot in thought)
         },
     }
 

@@ -268,6 +268,6 @@ def _training_data(config: Config, manifest: Mapping[str, Any]) -> str:
         kind = f"`{data.train.removeprefix('hub:')}` (dataset:split on the Hub), read as `{data.format}`"
     else:
         kind = f"File `{Path(data.train).name}`, read as `{data.format}`"
-    count = manifest.get("inputs", {}).get("data", {}).get("num_train")
+    count = manifest.get("train_rows")
     problems = f"; {count:,} training problems with their chains of thought" if count else ""
     return f"{kind}{problems}. Seed {config.seed}."

@@ -55,8 +55,17 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
 
 def vocabulary_size(path: str | Path, config: ModelConfig) -> int:
     """Return the number of rows of the embedding table, without loading weights."""
+    return int(_text_config(path, config).vocab_size)
+
+
+def max_positions(path: str | Path, config: ModelConfig) -> int | None:
+    """Return the length of the longest sequence the model was made for, or None where it does not say."""
+    return getattr(_text_config(path, config), "max_position_embeddings", None)
+
+
+def _text_config(path: str | Path, config: ModelConfig) -> Any:
     try:
-        return int(AutoConfig.from_pretrained(path, **_hub_options(config)).get_text_config().vocab_size)
+        return AutoConfig.from_pretrained(path, **_hub_options(config)).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by "

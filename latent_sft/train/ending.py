@@ -85,6 +85,7 @@ def write_final(
     stage.save(model, work, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
+        train_rows=len(work.data["train"]),
         steps=state.global_step,
         examples_seen=sampler.examples_until(state.global_step),
         parameters=parameters,

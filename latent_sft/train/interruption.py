@@ -265,6 +265,10 @@ def _problem(checkpoint: Path) -> str:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or cut off"
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ArtefactError as error:
+        return str(error)
     return ""
 
 

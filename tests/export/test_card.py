@@ -93,7 +93,7 @@ def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     )
     evaluated(tmp_path, "test", accuracy=0.5, sample=True)
     evaluated(tmp_path, "validation", accuracy=1.0)
-    facts = facts_of_run(config, {"fingerprint": "f", "inputs": {"data": {"num_train": 10}}}, tmp_path)
+    facts = facts_of_run(config, {"fingerprint": "f", "train_rows": 10}, tmp_path)
     card = model_card(spec, tokenizer, facts)
     assert front_matter(card)["base_model"] == "org/base-1b"
     assert front_matter(card)["license"] == "apache-2.0"

@@ -131,11 +131,11 @@ def test_a_damaged_source_is_one_clear_error(
 
 
 def finished_run(checkpoint: Path, run: Path, *, finish: bool) -> Config:
-    step = Step(directory=run / "stage2", inputs={"data": {"num_train": 1234}})
+    step = Step(directory=run / "stage2", inputs={})
     step.begin(seed=3)
     shutil.copytree(checkpoint, step.final)
     if finish:
-        step.finish(train_seconds=1.0)
+        step.finish(train_seconds=1.0, train_rows=1234)
     return Config(name="demo", run_dir=str(run), seed=3)
 
 

@@ -187,10 +187,10 @@ def test_a_damaged_source_is_one_clear_error(
 
 
 def finished_run(folder: Path, run: Path, stage: str) -> Config:
-    step = Step(directory=run / stage, inputs={"data": {"num_train": 1234}})
+    step = Step(directory=run / stage, inputs={})
     step.begin(seed=3)
     shutil.copytree(folder, step.final)
-    step.finish(train_seconds=1.0)
+    step.finish(train_seconds=1.0, train_rows=1234)
     return Config(name="demo", run_dir=str(run), seed=3)
 
 

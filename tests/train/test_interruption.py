@@ -165,6 +165,10 @@ def test_a_killed_stage_uses_the_newest_complete_checkpoint(tiny_config, tmp_pat
                 path.write_text(path.read_text()[:20])
             assert last_checkpoint(copy) == str(copy / "checkpoint-2"), (name, damage)
             assert not (copy / "checkpoint-3").exists()
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    state = copy / "checkpoint-3" / "trainer_state.json"
+    state.write_bytes(b"\0" * state.stat().st_size)  # of the right size, as a disk leaves it after a crash
+    assert last_checkpoint(copy) == str(copy / "checkpoint-2")
     (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
     with open(folder / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 3, "train/lo')  # killed while writing
