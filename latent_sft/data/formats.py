@@ -8,6 +8,7 @@ from typing import Any
 
 from latent_sft.config.schema import FieldsConfig
 from latent_sft.errors import DataError, did_you_mean
+from latent_sft.evaluation.answers import extract_answer
 
 EQUATION = re.compile(r"<<[^<>]*>>")
 _ONLY_EQUATIONS = re.compile(r"(?:<<[^<>]*>>\s*)+")
@@ -87,12 +88,15 @@ def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:
         cot = _text(row, names.cot, required=row_format.need_cot)
     else:
         cot = ""
-    answer = _text(row, names.answer, number=True)
+    written = _text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else None
+    # published rows have one text for both: what the model writes, with the answer to grade in a box
+    answer = extract_answer(written or "") if row.get(names.answer) is None else ""
+    answer = answer or _text(row, names.answer, number=True)
     return Record(
         id=_text(row, names.id, number=True) if row.get(names.id) is not None else default_id,
         problem=_text(row, names.problem),
         cot=cot,
-        cot_answer=_text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else answer,
+        cot_answer=answer if written is None else written,
         answer=answer,
         steps=steps or split_steps(cot),
     )

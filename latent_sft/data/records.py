@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -112,9 +113,10 @@ def content_hash(records: list[Record]) -> str:
 
 
 def _load(source: str, split: str, config: DataConfig, skipped: list[dict[str, str | int]]) -> Iterator[Record]:
+    other_names = {} if split == "train" else getattr(config, f"{split}_fields")
     row_format = RowFormat(
-        name=(config.test_format if split == "test" else "") or config.format,
-        fields=config.fields,
+        name=("" if split == "train" else getattr(config, f"{split}_format")) or config.format,
+        fields=dataclasses.replace(config.fields, **other_names),
         equations=config.cot_style == "equations",
         need_cot=split == "train",
     )
