@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from latent_sft.config.schema import Config, SelfDistillConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
-from latent_sft.data.prompts import build_spec, tokenize_record
+from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.data.thought_batches import coconut_batch, distill_batch
 from latent_sft.errors import ConfigError, LatentSFTError
@@ -213,6 +213,7 @@ def read_examples(config: Config) -> Examples:
         if model.name_or_path:
             vocab_size = _hf_config(config, 0).get_text_config().vocab_size
             tokenizer = load_tokenizer(model.name_or_path, model)
+            fix_date(tokenizer, config.prompt.date)
         else:
             texts = (text for r in train for text in (r.problem, r.cot, r.cot_answer))
             tokenizer = build_tokenizer(texts, model.tiny, config.prompt)

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from latent_sft.config.load import to_yaml
 from latent_sft.config.schema import SECTIONS, Config
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
-from latent_sft.data.prompts import build_spec
+from latent_sft.data.prompts import build_spec, fix_date
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
@@ -233,7 +233,9 @@ class Workspace:
     def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
         model = self.config.model
         if model.name_or_path:
-            return model.name_or_path, load_tokenizer(model.name_or_path, model)
+            tokenizer = load_tokenizer(model.name_or_path, model)
+            fix_date(tokenizer, self.config.prompt.date)
+            return model.name_or_path, tokenizer
         step = Step(directory=self.directory / "base", inputs=self._tiny_inputs())
         if not step.is_finished():
             texts = (t for r in self.splits.train for t in (r.problem, r.cot, r.cot_answer))

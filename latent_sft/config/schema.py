@@ -6,7 +6,8 @@ Ranges that need a tokenizer (ids, vocabulary) are checked later, by `LatentSpec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import date
 from operator import attrgetter
 from typing import Literal
 
@@ -42,7 +43,7 @@ class FieldsConfig:
     cot_answer: str = "cot_answer"
     """Text the model writes after `</think>`; where a row lacks it, `answer` is written."""
     answer: str = "answer"
-    """Reference answer for grading."""
+    """Reference answer for grading; where a row lacks it, the answer in `cot_answer` (its last \\boxed{}, else all)."""
     steps: str = "steps"
     """Optional list of CoT steps; the CoT is split at line breaks where a row lacks it."""
 
@@ -95,9 +96,15 @@ class DataConfig:
     format: Literal["records", "gsm8k", "icot", "coconut"] = "records"
     """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; icot: problem||steps ####
     answer lines; coconut: JSON list with question/steps/answer."""
+    validation_format: str = ""
+    """Format of the validation source where it differs (empty: as `format`)."""
     test_format: str = ""
     """Format of the test source where it differs (empty: as `format`)."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
+    validation_fields: dict[str, str] = field(default_factory=dict)
+    """Those names of `fields` that differ in the validation source: `{cot: solution}`."""
+    test_fields: dict[str, str] = field(default_factory=dict)
+    """Those names of `fields` that differ in the test source."""
     cot_style: Literal["text", "equations"] = "text"
     """gsm8k format: `equations` keeps only the <<...>> steps (GSM8K-Aug style), `text` drops the annotations."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -119,12 +126,12 @@ class DataConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
-        need(
-            self.test_format in ("", "records", "gsm8k", "icot", "coconut"),
-            "data.test_format",
-            self.test_format,
-            "empty, records, gsm8k, icot or coconut",
-        )
+        names = [f.name for f in fields(FieldsConfig)]
+        for split in ("validation", "test"):
+            form, other = f"{split}_format", f"{split}_fields"
+            known = getattr(self, form) in ("", "records", "gsm8k", "icot", "coconut")
+            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, icot or coconut")
+            need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
         need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
         need(bool(self.step_separator), "data.step_separator", self.step_separator, "a text such as a line break or ;")
@@ -144,6 +151,15 @@ class PromptConfig:
     think: str = "<think>"
     end_think: str = "</think>"
     """May be several ordinary tokens or one reserved token of the tokenizer."""
+    date: str = "2024-07-26"
+    """What a chat template that asks for today's date (Llama 3) is told, so that no prompt depends on the day; that
+    template's own default. Exported models keep it."""
+
+    def __post_init__(self) -> None:
+        try:
+            date.fromisoformat(self.date)
+        except ValueError:
+            need(False, "prompt.date", self.date, "a day, as 2024-07-26")
 
 
 @dataclass(frozen=True, kw_only=True)

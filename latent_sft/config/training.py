@@ -41,6 +41,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 never."""
     normalisation: Literal["token", "segment", "sample"] = "token"
     """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
     then over examples (paper); sample: mean over examples of per-example token means."""

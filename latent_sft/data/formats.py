@@ -9,6 +9,7 @@ from typing import Any
 
 from latent_sft.config.schema import FieldsConfig
 from latent_sft.errors import DataError, did_you_mean
+from latent_sft.evaluation.answers import extract_answer
 
 EQUATION = re.compile(r"<<[^<>]*>>")
 _ONLY_EQUATIONS = re.compile(r"(?:<<[^<>]*>>\s*)+")
@@ -92,12 +93,15 @@ def split_steps(cot: str, separator: str = "\n") -> tuple[str, ...]:
 def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:
     row, names = _object(value), row_format.fields
     cot, steps = _reasoning(row, names.cot, names.steps, row_format)
-    answer = _text(row, names.answer, number=True)
+    written = _text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else None
+    # published rows have one text for both: what the model writes, with the answer to grade in a box
+    answer = extract_answer(written or "") if row.get(names.answer) is None else ""
+    answer = answer or _text(row, names.answer, number=True)
     return Record(
         id=_text(row, names.id, number=True) if row.get(names.id) is not None else default_id,
         problem=_text(row, names.problem),
         cot=cot,
-        cot_answer=_text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else answer,
+        cot_answer=answer if written is None else written,
         answer=answer,
         steps=steps,
     )

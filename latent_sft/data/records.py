@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Iterator
@@ -119,9 +120,10 @@ class Splits:
 
     def _row_format(self, split: str) -> RowFormat:
         config = self._config
+        other_names = {} if split == "train" else getattr(config, f"{split}_fields")
         return RowFormat(
-            name=(config.test_format if split == "test" else "") or config.format,
-            fields=config.fields,
+            name=("" if split == "train" else getattr(config, f"{split}_format")) or config.format,
+            fields=dataclasses.replace(config.fields, **other_names),
             equations=config.cot_style == "equations",
             need_cot=split == "train",
             step_separator=config.step_separator,

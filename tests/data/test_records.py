@@ -61,6 +61,34 @@ def test_field_names_are_configurable(tmp_path: Path, load: Callable[..., list[R
     assert found == [Record(id="n", problem="p", cot="w", cot_answer="a", answer="a", steps=("w",))]
 
 
+def test_a_row_without_answer_is_graded_by_the_box_of_its_text(
+    tmp_path: Path, load: Callable[..., list[Record]]
+) -> None:
+    texts = ["The sum is \\boxed{\\frac{1}{2}}.", "so 5", "   "]
+    values = [{"problem": f"p{i}", "cot": "c", "cot_answer": text} for i, text in enumerate(texts)]
+    found = load(write_jsonl(tmp_path / "train.jsonl", values[:2]))
+    assert [(r.answer, r.cot_answer) for r in found] == [("\\frac{1}{2}", texts[0]), ("so 5", "so 5")]
+    with pytest.raises(DataError, match="field 'cot_answer': empty"):
+        load(write_jsonl(tmp_path / "train.jsonl", values))
+    with pytest.raises(DataError, match="field 'answer': missing; expected a text or a number"):
+        load(write_jsonl(tmp_path / "train.jsonl", [{"problem": "p", "cot": "c"}]))
+
+
+def test_every_split_may_have_names_and_a_format_of_its_own(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "a.jsonl", [{"problem": "p", "cot": "c", "cot_answer": "1"}])
+    lines = tmp_path / "b.txt"
+    lines.write_text("q||<<1+1=2>> #### 2\n")
+    test = write_jsonl(tmp_path / "c.jsonl", [{"question": "r", "solution": "s", "answer": "3"}])
+    settings = {"validation_format": "icot", "test_fields": {"problem": "question", "cot": "solution"}}
+    splits = load_splits(DataConfig(train=train, validation=str(lines), test=test, **settings))
+    found = [(r.problem, r.cot, r.answer) for r in (*splits.train, *splits.validation, *splits.test)]
+    assert found == [("p", "c", "1"), ("q", "<<1+1=2>>", "2"), ("r", "s", "3")]
+    with pytest.raises(ConfigError, match=r"data\.test_fields: got \{'anwser': 'a'\}, expected any of \['id', 'prob"):
+        DataConfig(test_fields={"anwser": "a"})
+    with pytest.raises(ConfigError, match=r"data\.validation_format: got 'csv', expected empty, records"):
+        DataConfig(validation_format="csv")
+
+
 def test_steps_of_an_equation_cot_are_its_equations() -> None:
     assert split_steps("<<16-3-4=9>> <<9*2=18>>") == ("<<16-3-4=9>>", "<<9*2=18>>")
     assert split_steps("first <<1+1=2>>\n\n second") == ("first <<1+1=2>>", "second")
