@@ -202,12 +202,16 @@ class Step:
         if found is None:
             return False
         if found["fingerprint"] != self.fingerprint:
-            changed = _differences(found["inputs"], json.loads(json.dumps(self.inputs, default=str)))
             raise ArtefactError(
-                f"{self.directory}: made by another experiment ({'; '.join(changed[:4]) or 'inputs differ'}). "
+                f"{self.directory}: made by another experiment ({self.changes(found)}). "
                 "Nothing was overwritten. Use another run_dir, restore the settings, or delete that folder."
             )
         return found["status"] == FINISHED
+
+    def changes(self, manifest: dict[str, Any]) -> str:
+        """Say which inputs differ from those of a manifest (the first four)."""
+        changed = _differences(manifest["inputs"], json.loads(json.dumps(self.inputs, default=str)))
+        return "; ".join(changed[:4]) or "inputs differ"
 
     def begin(self, seed: int) -> None:
         """Record that the step is running; call after `is_finished` returned False."""
