@@ -288,8 +288,8 @@ class EvalConfig:
     """Problems per split; 0 evaluates all."""
     splits: tuple[str, ...] = ("validation", "test")
     grader: Literal["auto", "numeric", "math", "text"] = "auto"
-    """numeric: equal numbers; math: math-verify; text: equal after normalising space and case; auto: the first that
-    can read the reference."""
+    """numeric: equal numbers; math: math-verify; text: equal after normalising space, case and LaTeX text; auto: the
+    first that can read the reference. Numbers that only space separates, `7 8 0 3`, are a text to all of them."""
     max_cot_tokens: int = 512
     """Explicit thinking is ended after this many tokens."""
     sample: bool = False

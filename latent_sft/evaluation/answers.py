@@ -40,8 +40,10 @@ _AND_OR = re.compile(r"\s*,?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*"
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox)\s*\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}|(\d))\s*(?:\{([^{}]+)\}|(\d))")
+_BEFORE_FRACTION = re.compile(r"(?<=\d)\s*(?=\\[dt]?frac)")
 _LATEX_SPACE = re.compile(r"\\[!,;: ]|~")
 _MARKUP = re.compile(r"[\\^_{}]")
+_ASSIGNED = re.compile(r"[A-Za-z]\s*=(.*)", re.DOTALL)
 _LETTER = re.compile(r"[^\W\d_]")
 _ALGEBRA = re.compile(r"[^\W\d_]|[-+*/=]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -133,7 +135,9 @@ def read_number(text: str) -> Fraction | None:
 
 
 def _number_in(text: str) -> Fraction | None:
-    whole, plain = read_number(text), _plain_number(text)
+    plain = _plain_number(text)
+    assigned = _ASSIGNED.fullmatch(plain)
+    whole = read_number(assigned[1] if assigned else plain)
     if whole is not None or _MARKUP.search(plain):
         return whole
     found = list(_NUMBER_IN_PROSE.finditer(plain))
@@ -149,17 +153,19 @@ def _has_words(text: str) -> bool:
 
 
 def _plain_number(text: str) -> str:
-    text = _LATEX_FRACTION.sub(r" \1\2/\3\4 ", _LATEX_TEXT.sub(r" \1", _spelt_fractions(text)))
+    text = _BEFORE_FRACTION.sub(" ", _LATEX_TEXT.sub(r" \1", _spelt_fractions(text)))  # 2\frac{1}{2}: 2 1/2
+    text = _LATEX_FRACTION.sub(r"\1\2/\3\4 ", text)
     text = _LATEX_SPACE.sub("", text.replace("{,}", ",").replace("\u2212", "-"))
     text = re.sub(r"\\?[$%€£]", "", text)
     return text.strip().rstrip(".").strip()
 
 
 def _spelt_fractions(text: str) -> str:
-    # NFKC gives a fraction slash, and 2½ must not become 21/2
-    return _VULGAR_FRACTION.sub(
-        lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("\u2044", "/"), text
-    ).strip()
+    def spelt(sign: re.Match[str]) -> str:
+        top, bottom = unicodedata.normalize("NFKC", sign[0]).split("\u2044")
+        return rf"\frac{{{top}}}{{{bottom}}}"
+
+    return _VULGAR_FRACTION.sub(spelt, text)
 
 
 def _same_text(one: str, other: str) -> bool:

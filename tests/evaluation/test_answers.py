@@ -211,6 +211,9 @@ IN_PROSE = {
         ["so she has 18 dollars", r"\boxed{18\text{ dollars}}", "16 - 3 - 4 = 9; 9 * 2 = 18", "**18**", "It is $18."],
         ["18 or 19", "so 18, no: 19", "eighteen", ""],
     ),
+    "58500": (["x = 58,500", r"x=58,\!500", "It is 58,500."], ["x = 58,50", "y = 58500x"]),
+    r"-\frac{35}{9}": ([r"The answer is $-\frac{35}{9}$.", "so -35/9"], ["so 35/9", r"It is $\frac{35}{9}$"]),
+    "-1/2": (["it is -\u00bd", "x = -\u00bd"], ["it is \u00bd"]),
     "4": (
         ["Is it 3 or 4? It is 4.", "x=4", "4\n4\n4", "y = 4"],
         ["3 or 4", "x = 3 or x = 4", r"3 \text{ or } 4", "either 3 cm or 4 cm", "(3, 4]", "-3x + 4", "4\n5", "4 4"],
