@@ -213,7 +213,7 @@ class Step:
         if found is None:
             return False
         if found["fingerprint"] != self.fingerprint:
-            changed = _differences(found["inputs"], json.loads(json.dumps(self.inputs, default=str)))
+            changed = self.changes(found)
             if changed and all(line.startswith(_LENGTH) for line in changed):
                 return False
             raise ArtefactError(
@@ -221,6 +221,10 @@ class Step:
                 "Nothing was overwritten. Use another run_dir, restore the settings, or delete that folder."
             )
         return found["status"] == FINISHED
+
+    def changes(self, manifest: dict[str, Any]) -> list[str]:
+        """Return which inputs differ from those of a manifest, and how."""
+        return _differences(manifest["inputs"], json.loads(json.dumps(self.inputs, default=str)))
 
     def begin(self, seed: int, history: Sequence[dict[str, Any]] = ()) -> None:
         """Record that the step is running; call after `is_finished` returned False.

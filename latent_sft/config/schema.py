@@ -315,18 +315,21 @@ class EvalConfig:
     """Problems per split; 0 evaluates all."""
     splits: tuple[str, ...] = ("validation", "test")
     grader: Literal["auto", "numeric", "math", "text"] = "auto"
-    """numeric: equal numbers; math: math-verify; text: equal after normalising space and case; auto: the first that
-    can read the reference."""
+    """numeric: equal numbers; math: math-verify; text: equal after normalising space, case and LaTeX text; auto: the
+    first that can read the reference. Numbers that only space separates, `7 8 0 3`, are a text to all of them."""
     max_cot_tokens: int = 512
     """Explicit thinking is ended after this many tokens."""
     sample: bool = False
+    """Answers (and a written CoT) are sampled, with `temperature` and `top_p`."""
     temperature: float = 0.6
     top_p: float = 0.95
+    latent_noise: bool = False
+    """With `sample`: latents get the Gumbel noise of latent.noise_scale too (published evaluation: no)."""
     num_samples: int = 1
     """Samples per problem, for pass@k."""
     seed: int = 0
     heatmap_problems: int = 4
-    """Problems whose latents are drawn in the report."""
+    """Problems whose latents are drawn in the report, of evaluations done from now on."""
     interventions: tuple[str, ...] = ("zero", "mean", "shuffle", "truncate")
     """Is the reasoning used? The answer is decoded again after all latents (or written tokens) of a problem are set to
     zero, to their mean over problems, exchanged for another problem's, or cut to their first half. Empty: not done."""
@@ -336,6 +339,7 @@ class EvalConfig:
         need(self.max_cot_tokens >= 1, "eval.max_cot_tokens", self.max_cot_tokens, "an integer >= 1")
         need(self.num_samples >= 1, "eval.num_samples", self.num_samples, "an integer >= 1")
         need(self.num_samples == 1 or self.sample, "eval.num_samples", self.num_samples, "1, or eval.sample=true")
+        need(self.sample or not self.latent_noise, "eval.latent_noise", True, "false, or eval.sample=true")
         need(0 < self.top_p <= 1, "eval.top_p", self.top_p, "0 < top_p <= 1")
         bad = [s for s in self.splits if s not in ("validation", "test")]
         need(not bad, "eval.splits", bad, "validation and/or test")
@@ -461,6 +465,8 @@ class Config:
         for name, stage in first.items():
             if getattr(self, name).init == "cot" and not self.stage(stage).start_from:
                 need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
+        silent = self.eval.latent_noise and not self.latent.noise_scale
+        need(not silent, "eval.latent_noise", True, "false, or latent.noise_scale > 0")
         soft = self.soft_thinking.enabled
         need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true, since it runs that model")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from latent_sft.config.schema import Config
 from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement
+from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.causal import check_given, intervene
 from latent_sft.evaluation.score import score
 from latent_sft.inference.encode import load_stage1
@@ -27,7 +29,7 @@ from latent_sft.models.backbone import input_table
 from latent_sft.models.load import load_lm
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 from latent_sft.plan import MODELS, models_of
-from latent_sft.runs import Step, read_json, write_json
+from latent_sft.runs import MANIFEST, Step, fingerprint, read_json, write_json
 from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ def evaluate(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate trained models and write `<run>/eval/<model>/<split>.json`; what is there already is not done again.
 
+    What is there under other settings is kept, as `<run>/eval/<model>/<split>/<fingerprint>/<split>.json`.
+
     Args:
         config: the experiment.
         models: of `plan.MODELS`; None takes all that are enabled.
@@ -63,6 +67,10 @@ def evaluate(
 
     Returns:
         model -> split -> summary.
+
+    Raises:
+        ArtefactError: a model is not trained yet, or was trained with other settings.
+        ConfigError: no such model.
     """
     work = work or Workspace(config)
     for name in models or ():
@@ -73,7 +81,8 @@ def evaluate(
         if models and name not in models:
             continue
         source = stages[-1]
-        source.results()
+        if not source.is_finished():
+            source.results()  # says what to do
         for split in splits or config.eval.splits:
             if split not in work.data:
                 log.warning("eval: there is no %s split, skipped.", split)
@@ -93,6 +102,7 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     settings = config.eval
     step = _step(work, name, source, split)
     path = work.directory / "eval" / name / f"{split}.json"
+    _set_aside(step, path)
     if step.is_finished() and path.exists():
         return step.results()["summary"]
     thinker = _load(work, name, source)
@@ -108,7 +118,10 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     sampling = None
     if settings.sample:
         sampling = Sampling(
-            temperature=settings.temperature, top_p=settings.top_p, latent_noise=True, seed=settings.seed
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            latent_noise=settings.latent_noise,
+            seed=settings.seed,
         )
     step.begin(settings.seed)
     repeated = [row for row in rows for _ in range(settings.num_samples)]
@@ -154,20 +167,39 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
 
 
 def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
-    settings = dataclasses.asdict(work.config.eval) | {"splits": None}
-    settings["interventions"] = _interventions(work, name, split)
-    if not settings["interventions"]:
-        del settings["interventions"]  # as in runs that are older than they
+    settings = dataclasses.asdict(work.config.eval) | {"interventions": _interventions(work, name, split)}
+    sampling = () if settings["sample"] else ("temperature", "top_p", "latent_noise", "seed")
+    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
+        del settings[unused]
     inputs = {
         "model": source.outcome,
+        "trained": source.results().get("ended"),  # the same stage may have been trained anew
+        "thinker": name,
         "split": split,
         "data": work.splits.sources.get(split, ""),
+        "rows": fingerprint(list(work.data[split]["hash"])),  # as tokenised, and which of them
         "eval": settings,
-        "decode": {"max_latents": work.spec.max_latents, "min_latents": work.spec.min_latents},
+        "spec": work.spec.to_dict(),
     }
     if name == "soft-thinking":
         inputs["soft"] = dataclasses.asdict(work.config.soft_thinking)
     return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
+
+
+def _set_aside(step: Step, result: Path) -> None:
+    # evaluations under other settings are done anew without asking, so what there was must not be lost
+    found = step.manifest()
+    if found is None or found["fingerprint"] == step.fingerprint:
+        return
+    if result.exists():
+        kept = step.directory / found["fingerprint"]
+        kept.mkdir(exist_ok=True)
+        os.replace(result, kept / result.name)
+        os.replace(step.directory / MANIFEST, kept / MANIFEST)
+        changed = "; ".join(step.changes(found)[:4]) or "inputs differ"
+        log.warning("%s: evaluated anew (%s); the earlier result is kept in %s.", result, changed, kept)
+    else:
+        (step.directory / MANIFEST).unlink()  # of an evaluation that came to nothing
 
 
 def _interventions(work: Workspace, name: str, split: str) -> list[str]:
@@ -177,7 +209,7 @@ def _interventions(work: Workspace, name: str, split: str) -> list[str]:
 
 
 def _text_of(work: Workspace) -> Any:
-    return lambda ids: work.tokenizer.decode(ids, skip_special_tokens=False)
+    return lambda ids: answer_text(work.tokenizer, ids)
 
 
 def _load(work: Workspace, name: str, source: Step) -> Thinker:

@@ -67,7 +67,7 @@ def facts_of_run(
         license=config.export.license,
         base_model=name if name and not local else None,
         training_data=_training_data(config, manifest),
-        results=_measured(evaluations, manifest, noisy=method == "latent-sft"),
+        results=_measured(evaluations, manifest),
         method=method,
     )
 
@@ -246,17 +246,17 @@ def _limitations(spec: LatentSpec) -> str:
     )
 
 
-def _measured(folder: Path, trained: Mapping[str, Any], noisy: bool) -> dict[str, dict[str, Any]]:
+def _measured(folder: Path, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     results = {}
     for path in sorted(folder.glob("*.json"), reverse=True):  # validation before test
         inputs = read_json(folder / path.stem / MANIFEST)["inputs"]
         if inputs["model"] != trained["fingerprint"]:
             continue
-        used = inputs["eval"]
-        sampled = (
-            f"sampled, temperature {used['temperature']}, top-p {used['top_p']}{', noisy latents' if noisy else ''}"
-        )
-        results[path.stem] = {**read_json(path)["summary"], "decoding": sampled if used["sample"] else "greedy"}
+        used, decoding = inputs["eval"], "greedy"
+        if used["sample"]:
+            noisy = ", noisy latents" if used.get("latent_noise") else ""
+            decoding = f"sampled, temperature {used['temperature']}, top-p {used['top_p']}{noisy}"
+        results[path.stem] = {**read_json(path)["summary"], "decoding": decoding}
     return results
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from latent_sft.config.schema import Config, TrainConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
-from latent_sft.evaluation.answers import is_correct
+from latent_sft.evaluation.answers import answer_text, is_correct
 from latent_sft.inference.encode import ADAPTERS_FILE, MARKER_FILE, load_stage1, phase_start, shared_start
 from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
@@ -240,7 +240,7 @@ def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: li
         thoughts=thoughts,
     )
     right = [
-        is_correct(work.tokenizer.decode(d.answer_ids, skip_special_tokens=True), row["reference"], settings.grader)
+        is_correct(answer_text(work.tokenizer, d.answer_ids), row["reference"], settings.grader)
         for d, row in zip(decoded, rows, strict=True)
     ]
     metrics = {
