@@ -22,7 +22,8 @@ from latent_sft.method.types import LatentSpec
 
 REFUSED = {
     "num_beams": {"num_beams": 2},
-    "stopping_criteria": {"stopping_criteria": [1]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": 1},
+    "a typo": {"max_new_token": 1},
     "input_ids": {"input_ids": None},
 }
 
@@ -135,7 +136,8 @@ def test_noise_and_sampling_follow_the_global_seed(results: dict[str, Any]) -> N
 def test_arguments_that_mean_nothing_here_are_refused(results: dict[str, Any]) -> None:
     assert results["errors"] == {
         "num_beams": "ValueError: num_beams: not available in latent decoding.",
-        "stopping_criteria": "ValueError: stopping_criteria: not available in latent decoding.",
+        "prefix_allowed_tokens_fn": "ValueError: prefix_allowed_tokens_fn: not available in latent decoding.",
+        "a typo": "ValueError: max_new_token: not available in latent decoding.",
         "input_ids": "ValueError: input_ids: expected token ids of shape [batch, length].",
     }
 
