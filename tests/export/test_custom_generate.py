@@ -146,6 +146,18 @@ def test_code_does_not_run_without_trust(results: dict[str, Any]) -> None:
     assert results["untrusted"] == "ValueError"
 
 
+def test_a_model_is_not_loaded_without_trust(results: dict[str, Any]) -> None:
+    """It would write plain tokens, and nobody would know."""
+    assert "contains custom code which must be executed to correctly load the model" in results["loaded without trust"]
+    assert "trust_remote_code=True" in results["loaded without trust"]
+
+
+def test_what_transformers_saves_thinks_in_latents_too(results: dict[str, Any]) -> None:
+    assert results["saved"] == [results["positional"]] * 2
+    exported, saved = results["saved files"]
+    assert saved == exported
+
+
 def test_the_code_of_the_card_runs_as_written(
     results: dict[str, Any], expected: list[Decoded], tokenizer: PreTrainedTokenizerBase, spec: LatentSpec
 ) -> None:
