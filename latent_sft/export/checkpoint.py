@@ -2,6 +2,7 @@
 
     config.json  *.safetensors  tokenizer     copied from the source
     generation_config.json                    greedy, answer length and special ids as trained
+    chat_template.jinja                       renders a message of a user as the prompt of training
     latent_spec.json                          the LatentSpec, for people and for `latent_sft`
     thoughts.safetensors  thinker.json        where latents are hidden states: how these become inputs
     custom_generate/generate.py               the decoding code, bundled from this package, the spec written in
@@ -26,6 +27,7 @@ from latent_sft.config.schema import Config
 from latent_sft.errors import ArtefactError, ConfigError, ExportError
 from latent_sft.export.bundle import bundle
 from latent_sft.export.card import TRANSFORMERS, CardFacts, facts_of_run, model_card
+from latent_sft.export.chat import chat_template
 from latent_sft.export.remote import REMOTE_FILE, remote_code
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
@@ -114,6 +116,9 @@ def export_checkpoint(source: Path, out: Path, *, card: CardFacts | None = None)
         if thoughts is not None:
             shutil.copyfile(source / THINKER_FILE, part / THINKER_FILE)
         write_atomically(part / CODE_FILE, generate_source(spec, thoughts))
+        template = chat_template(tokenizer, spec)
+        if template is not None:
+            write_atomically(part / "chat_template.jinja", template)
         write_atomically(part / REQUIREMENTS_FILE, f"transformers{TRANSFORMERS}\n")
         beside = (SPEC_FILE, CODE_FILE, REQUIREMENTS_FILE, "README.md")
         beside = beside if thoughts is None else (*beside, THINKER_FILE, THOUGHTS_FILE)
