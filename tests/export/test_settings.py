@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -342,3 +343,20 @@ def test_names_of_refused_settings_exist(model: PreTrainedModel) -> None:
     """A setting that this version of `transformers` does not know would be refused as unknown, by its name as well."""
     with pytest.raises(ValueError, match=re.escape("constraints: not available in latent decoding.")):
         model.generate(torch.tensor([[7, 5, 8]]), constraints=[1])
+
+
+def test_a_model_with_hooks_of_device_map_decodes_the_same(
+    checkpoint: Path, tmp_path: Path, inputs: dict[str, Tensor], plain: Any
+) -> None:
+    """One device is all there is here; the hooks are those that move tensors between several."""
+    folder = export_checkpoint(checkpoint, tmp_path / "export")
+    spread = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "lm_head": "cpu"}
+    dispatch_model(spread, {**places, "model.norm": "cpu", "model.rotary_emb": "cpu"}, force_hooks=True)
+    assert torch.equal(spread.generate(**inputs), plain.sequences)
+    assert torch.equal(spread.generate(**inputs, stop_strings=["none"], tokenizer=Silent()), plain.sequences)
+
+
+class Silent:
+    def decode(self, ids: list[int]) -> str:
+        return ""
