@@ -10,7 +10,7 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from latent_sft.config.schema import Config, SelfDistillConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
@@ -22,7 +22,7 @@ from latent_sft.memory import Shape, Weights
 from latent_sft.method.layout import Kind, fixed_segments
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.backbone import core, head_table, input_table
-from latent_sft.models.load import add_lora, load_tokenizer, tiny_hf_config
+from latent_sft.models.load import add_lora, load_config, load_tokenizer, tiny_hf_config
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 SAMPLE = 256
@@ -231,9 +231,7 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
     model, tiny = config.model, config.model.tiny
     try:
         if model.name_or_path:
-            return AutoConfig.from_pretrained(
-                model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
+            return load_config(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         return tiny_hf_config(tiny, vocab_size=vocab_size, pad_token_id=None)
     except (OSError, ValueError) as error:
         raise ConfigError(

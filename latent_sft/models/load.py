@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -53,6 +54,16 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
         raise ConfigError(f"model.name_or_path: no tokenizer at {str(path)!r} ({_first_line(error)}).") from error
 
 
+def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    """Load the configuration of a model; that of an export as the type it was trained as, without its own code."""
+    values, _ = PreTrainedConfig.get_config_dict(path, **options)
+    if "base_model_type" not in values:
+        return AutoConfig.from_pretrained(path, **options)
+    kept = {key: value for key, value in values.items() if key not in ("auto_map", "base_model_type")}
+    base = values["base_model_type"]
+    return CONFIG_MAPPING[base].from_dict({**kept, "model_type": base})
+
+
 def vocabulary_size(path: str | Path, config: ModelConfig) -> int:
     """Return the number of rows of the embedding table, without loading weights."""
     return int(_text_config(path, config).vocab_size)
@@ -65,7 +76,7 @@ def max_positions(path: str | Path, config: ModelConfig) -> int | None:
 
 def _text_config(path: str | Path, config: ModelConfig) -> Any:
     try:
-        return AutoConfig.from_pretrained(path, **_hub_options(config)).get_text_config()
+        return load_config(path, **_hub_options(config)).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by "
@@ -144,6 +155,7 @@ def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """
     options = dict(_hub_options(config), dtype=getattr(torch, config.dtype))
     try:
+        options["config"] = load_config(path, **_hub_options(config))
         try:
             model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=config.attention, **options)
         except ValueError as error:

@@ -33,9 +33,12 @@ def test_the_folder_holds_what_a_model_needs_and_nothing_else(
     out = export_checkpoint(checkpoint, tmp_path / "deep" / "out")
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
         "generation_config.json",
+        "latent_model.py",
         "latent_spec.json",
         "model.safetensors",
         "tokenizer.json",

@@ -124,7 +124,7 @@ def test_the_bundled_code_decodes_every_way_of_thinking(
     module = type(sys)("exported_thoughts")
     monkeypatch.setitem(sys.modules, "exported_thoughts", module)
     exec((out / "custom_generate" / "generate.py").read_text(), module.__dict__)
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     found = module.generate(torch.tensor(prompts[:1]), model=model, return_latents=True)
     (row,) = decode(thinking[name], spec, name, prompts[:1])
     assert found.sequences.tolist() == [[*prompts[0], *written(row, spec)]]
