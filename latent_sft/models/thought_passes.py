@@ -95,7 +95,7 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
     hidden = last = prompt.last
     for i in range(real.shape[1]):
         before = (prompt.piece, *(done.piece for done in passes))
-        inputs = thoughts(hidden).to(hidden.dtype)[:, None]
+        inputs = thoughts(hidden)[:, None]
         passes.append(run(lm, inputs, _within(prompt.length + i, real[:, i])[:, None], real[:, i : i + 1], before))
         hidden = passes[-1].hidden[:, 0]
         last = torch.where(real[:, i, None], hidden, last)
@@ -108,11 +108,11 @@ def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, first: Resu
     count = thoughts.spec.num_latents
     hidden, piece = prompt.waiting
     position = prompt.length[:, None] + torch.arange(count, device=hidden.device)
-    start = thoughts(prompt.last)[:, None].to(hidden.dtype) if thoughts.spec.iterations else None
+    start = thoughts(prompt.last)[:, None] if thoughts.spec.iterations else None
     done = _columns(first, first.hidden.shape[1] - count, piece)
     for _ in range(thoughts.spec.iterations):
         assert start is not None
-        inputs = torch.cat([start, thoughts(hidden[:, :-1]).to(hidden.dtype)], dim=1)
+        inputs = torch.cat([start, thoughts(hidden[:, :-1])], dim=1)
         done = run(lm, inputs, position, piece.real, [prompt.piece])
         hidden, piece = done.hidden, done.piece
     return Thought((piece,), hidden[:, -1], prompt.length + count, (done,))
