@@ -97,7 +97,7 @@ class Workspace:
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
-        train = self.config.stage(name)
+        train, dtype = self.config.stage(name), self.config.model.dtype
         settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
         # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
         del settings["batch_size" if train.max_tokens else "max_tokens"]
@@ -108,7 +108,8 @@ class Workspace:
             "data": self._data_identity(),
             "prompt": self._prompt_identity(),
             "lora": dataclasses.asdict(self.config.model.lora),
-            "dtype": self.config.model.dtype,
+            # beside it, what is trained is float32; a run that is older than that is another one
+            "dtype": {"frozen": dtype, "trained": "float32"} if dtype != "float32" else dtype,
             "train": settings,
         }
         if name in STAGE1_PHASES:

@@ -6,7 +6,7 @@ Ranges that need a tokenizer (ids, vocabulary) are checked later, by `LatentSpec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Literal
 
@@ -193,7 +193,9 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in memory while training."""
+    """Of frozen weights and of matrix products. What is trained is float32: adapters, and with `lora.rank=0` the whole
+    model, under mixed precision of this type (with ZeRO the weights are bfloat16, with float32 copies in its
+    optimizer)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -423,6 +425,8 @@ class Config:
         need(not packed, f"{packed[0] if packed else ''}.packing", True, "false; cot, no_cot and stage2 can be packed")
         if self.stage1.share_backbone:
             need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
+        mixed = [s for s in STAGES if self.model.dtype == "float16" and self.stage(s).mixed_precision == "bf16"]
+        need(not mixed, f"{SECTIONS[(mixed or STAGES)[0]]}.mixed_precision", "bf16", "fp16, as model.dtype=float16")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
@@ -439,6 +443,19 @@ class Config:
     def directory(self) -> str:
         """Run directory: `run_dir`, or `runs/<name>`."""
         return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def trained_model(self) -> ModelConfig:
+        """`model` as a stage loads what it trains: all weights in float32, unless ZeRO or adapters see to that."""
+        copied = self.model.lora.rank or self.launch.zero
+        return self.model if copied else replace(self.model, dtype="float32")
+
+    def precision(self, stage: str) -> str:
+        """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""
+        said, dtype = self.stage(stage).mixed_precision, self.model.dtype
+        if said == "no" and dtype == "float16":
+            return "fp16"  # for its scaler: gradients of float16 end at 6e-8
+        return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
 
     def stage(self, name: str) -> TrainConfig:
         """Return the training settings of a stage by its command-line name (see STAGES)."""

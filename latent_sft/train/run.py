@@ -112,7 +112,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         callbacks.append(ForgetMoments(config.coconut))
     trainer = LatentTrainer(
         model=model,
-        args=_arguments(train, step.directory, config, deepspeed),
+        args=_arguments(train, step.directory, config, deepspeed, config.precision(name)),
         train_dataset=train_rows,
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
@@ -174,7 +174,9 @@ def _sampler(train: TrainConfig, name: str, work: Workspace) -> LengthBucketSamp
     return sampler
 
 
-def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None) -> TrainingArguments:
+def _arguments(
+    train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None, precision: str
+) -> TrainingArguments:
     by_steps = train.eval_every > 0
     schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
     if train.schedule == "cosine" and train.min_lr_ratio > 0:
@@ -206,8 +208,8 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         metric_for_best_model="accuracy",
         greater_is_better=True,
         # with DeepSpeed the Trainer asks for what DeepSpeed is told already; its autocast is DeepSpeed's own
-        bf16="bf16" in deepspeed if deepspeed else train.mixed_precision == "bf16",
-        fp16=train.mixed_precision == "fp16",
+        bf16="bf16" in deepspeed if deepspeed else precision == "bf16",
+        fp16=precision == "fp16",
         dataloader_num_workers=train.num_workers,
         remove_unused_columns=False,
         report_to=list(config.report_to),  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run

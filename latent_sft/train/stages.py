@@ -76,7 +76,7 @@ def _frozen(lm: nn.Module) -> nn.Module:
 
 
 def _build_explicit(work: Workspace) -> nn.Module:
-    return ExplicitModel(trainable(load_lm(work.base, work.config.model), work.config.model.lora))
+    return ExplicitModel(trainable(load_lm(work.base, work.config.trained_model), work.config.model.lora))
 
 
 def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
@@ -137,7 +137,7 @@ def _build_stage2(work: Workspace) -> nn.Module:
     source = work.source_of("stage2")
     assert source is not None  # source_of raises where there is no stage-1 phase
     source.results()
-    lm = load_lm(source.final / "decoder", work.config.model)
+    lm = load_lm(source.final / "decoder", work.config.trained_model)
     return Stage2Model(trainable(lm, work.config.model.lora), work.spec)
 
 

@@ -45,7 +45,7 @@ def build_coconut(work: Workspace) -> nn.Module:
 
 def _started(work: Workspace, name: str) -> nn.Module:
     source = work.source_of(name)
-    return load_lm(work.base if source is None else source.final, work.config.model)
+    return load_lm(work.base if source is None else source.final, work.config.trained_model)
 
 
 def _thoughts(lm: nn.Module, work: Workspace, spec: ThoughtSpec, dropout: float = 0.0) -> Thoughts:

@@ -200,3 +200,25 @@ def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) 
     assert config.latent.noise_scale == 0.5
     assert load_config(None).latent.exclude_end is True
     assert load_config(None, ["compat=published"]).latent.marker_positions == "stretched"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained", "precision"),
+    [
+        ([], "float32", "no"),
+        (["cot.mixed_precision=bf16"], "float32", "bf16"),
+        (["model.dtype=bfloat16"], "float32", "bf16"),
+        (["model.dtype=bfloat16", "model.lora.rank=4"], "bfloat16", "no"),
+        (["model.dtype=bfloat16", "launch.zero=2"], "bfloat16", "no"),
+        (["model.dtype=float16"], "float32", "fp16"),
+        (["model.dtype=float16", "model.lora.rank=4"], "float16", "fp16"),
+    ],
+)
+def test_what_is_trained_is_float32_or_has_copies_in_float32(overrides: list[str], trained: str, precision: str) -> None:
+    config = load_config(None, overrides)
+    assert (config.trained_model.dtype, config.precision("cot")) == (trained, precision)
+
+
+def test_gradients_of_float16_need_their_scaler() -> None:
+    with pytest.raises(ConfigError, match=r"cot.mixed_precision: got 'bf16', expected fp16, as model.dtype=float16"):
+        load_config(None, ["model.dtype=float16", "cot.mixed_precision=bf16"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latent_sft.config.schema import SECTIONS
 from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
@@ -286,3 +287,14 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
+
+
+@pytest.mark.parametrize(("stage", "part"), [("cot", "."), ("stage1-encoder", "encoder"), ("codi", ".")])
+def test_a_whole_model_of_bfloat16_keeps_small_updates(tiny_config, tmp_path, stage, part):
+    """A step of 1e-5 is less than half of what bfloat16 tells apart in most weights; all of them have to move."""
+    config = tiny_config("model.dtype=bfloat16", f"{SECTIONS[stage]}.learning_rate=1e-5")
+    step = train_stage(config, stage)
+    ours = load_file(step.final / part / "model.safetensors")
+    base = weights(tmp_path / "run" / "base")
+    moved = sum((ours[name] != base[name].to(ours[name].dtype)).sum().item() for name in ours)
+    assert moved > 0.99 * sum(value.numel() for value in ours.values())

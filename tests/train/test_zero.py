@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from train.zero_job import PHASES, THOUGHTS, config_of, train_all
 
+from latent_sft.config.schema import STAGES
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.train import zero
 from latent_sft.train.run import train_stage
@@ -36,7 +37,7 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with runs `one`, `shared` (one process) and `zero1` to `zero3`, `zero3-shared` (two)."""
+    """A folder with runs `one`, `shared` (one process) and `zero1` to `zero3`, `zero3-shared`, `zero*-halves` (two)."""
     folder = tmp_path_factory.mktemp("zero")
     job = started(folder)
     try:
@@ -88,6 +89,27 @@ def test_the_final_folder_is_what_was_trained(trained):
         assert counts[0]["parameters"] == counts[1]["parameters"] > 0
         assert counts[0]["trained_parameters"] == counts[1]["trained_parameters"]
     load_stage1(Workspace(config_of(trained, "zero3", 0)), trained / "zero3" / "stage1-union" / "final")
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_thoughts_beside_a_model_in_16_bit_are_float32(trained, level):
+    """Scales of the norm start at 1; in bfloat16 the next numbers are 0.4 % away, so that they would stay there."""
+    folder = trained / f"zero{level}-halves" / "kava"
+    thoughts = load_file(folder / "final" / "thoughts.safetensors")
+    assert {value.dtype for value in thoughts.values()} == {torch.float32}
+    assert (thoughts["projection.4.weight"] != 1).all()
+    assert len(logged(folder, "eval/accuracy")) == 1
+
+
+@pytest.mark.slow
+def test_every_stage_trains_beside_a_model_in_16_bit(tmp_path):
+    """Two processes, each ZeRO level and none, through the first validation: 120 trainings, seven minutes."""
+    job = started(tmp_path, "halves")
+    output, _ = job.communicate(timeout=1800)
+    assert job.returncode == 0, output[-4000:]
+    for run in (f"{name}{level}" for name in ("adapters", "autocast", "whole") for level in range(4)):
+        for stage in STAGES:
+            assert len(logged(tmp_path / run / stage, "eval/accuracy")) == 1, (run, stage)
 
 
 @pytest.mark.slow
