@@ -191,6 +191,19 @@ def test_the_smallest_level_that_fits_is_recommended(config: Config) -> None:
     assert len(marked) == 1 + 6 * 8  # the legend, and every level of six stages
 
 
+def test_a_whole_model_in_16_bit_counts_its_float32_weights(config: Config) -> None:
+    """16 bytes a parameter without ZeRO, as in float32, and products in 16 bit; of float16 there is no other level."""
+    options = {"count": 1000, "example_tokens": (10, 20, 2)}
+    off = {"no_cot": OFF, "stage1": Stage1Config(encoder=OFF, decoder=OFF, union=OFF), "stage2": OFF}
+    found = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        text = forecast(replace(config, model=replace(config.model, dtype=dtype), **off), 1, 0.01, **options)
+        found[dtype] = [line.split()[3:4] for line in text.splitlines() if re.match(r"# +\d  ", line)]
+        assert f"{({'float32': 'no', 'bfloat16': 'bf16', 'float16': 'fp16'})[dtype]} mixed precision" in text
+    assert found["float32"][0] == found["bfloat16"][0] == found["float16"][0]
+    assert [len(rows) for rows in found.values()] == [8, 8, 1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -214,7 +214,7 @@ def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) 
         (["model.dtype=float16", "model.lora.rank=4"], "float16", "fp16"),
     ],
 )
-def test_what_is_trained_is_float32_or_has_copies_in_float32(overrides: list[str], trained: str, precision: str) -> None:
+def test_what_is_trained_is_float32_or_has_copies_of_it(overrides: list[str], trained: str, precision: str) -> None:
     config = load_config(None, overrides)
     assert (config.trained_model.dtype, config.precision("cot")) == (trained, precision)
 
