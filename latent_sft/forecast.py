@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from latent_sft.config.schema import STAGES, Config, LaunchConfig, TrainConfig
+from latent_sft.config.schema import SECTIONS, STAGES, Config, LaunchConfig, TrainConfig
 from latent_sft.errors import ConfigError
 from latent_sft.memory import GIB, LEVELS, Level, Numbers, activations, buffers, logits, model_states
 from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
@@ -87,7 +87,8 @@ def _block(
     tokens_per_second: float | None,
 ) -> tuple[list[str], list[Level]]:
     """Return the lines of one stage and the levels that fit."""
-    train, load, levels = config.stage(stage), load_of(config, stage, examples), _levels(config)
+    train, load = config.stage(stage).shared(SECTIONS[stage], gpus), load_of(config, stage, examples)
+    levels = _levels(config)
     # what is trained as a whole is float32 without ZeRO, which else keeps such copies itself
     under = {zero: replace(config, launch=LaunchConfig(zero=zero)) for zero in {level.zero for level in levels}}
     weights = [weights_of(under[level.zero], stage, backbone) for level in levels]
@@ -154,7 +155,7 @@ def _count(number: int, noun: str) -> str:
 def _advice(fitting: list[Level], config: Config) -> str:
     if not fitting:
         return (
-            "no level fits every stage: use gradient_checkpointing=true, a smaller batch_size with more accumulation, "
+            "no level fits every stage: use gradient_checkpointing=true, a smaller batch_size with global_batch_size, "
             "adapters (model.lora.rank) on model.dtype=bfloat16, or more GPUs"
         )
     best = fitting[0]

@@ -98,9 +98,13 @@ class Workspace:
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
         train, dtype = self.config.stage(name), self.config.model.dtype
-        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _WATCHING}
-        # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
-        del settings["batch_size" if train.max_tokens else "max_tokens"]
+        # what does not decide how much a step takes
+        unused = {"max_tokens", "global_batch_size"}
+        if train.max_tokens:
+            unused = {"batch_size", "global_batch_size"}
+        elif train.global_batch_size:
+            unused = {"batch_size", "accumulation", "max_tokens"}
+        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in {*_WATCHING, *unused}}
         inputs: dict[str, Any] = {
             "step": name,
             "seed": self.config.seed,

@@ -183,6 +183,14 @@ def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
     assert "1.9 h at 5/s" in forecast(config, **options, tokens_per_second=5)
 
 
+def test_a_global_batch_takes_as_many_steps_on_any_number_of_gpus(config: Config) -> None:
+    options = {"gpu_memory": 80, "count": 1000, "example_tokens": (10, 20, 2)}
+    config = replace(config, cot=TrainConfig(batch_size=5, global_batch_size=20))
+    assert all("cot: 0.5 M trained, 0.00 GiB of weights; 50 steps" in forecast(config, n, **options) for n in (1, 4))
+    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 20, expected a multiple of 15 .*processes=3"):
+        forecast(config, 3, **options)
+
+
 def test_the_smallest_level_that_fits_is_recommended(config: Config) -> None:
     options = {"count": 1000, "example_tokens": (10, 20, 2)}
     assert "launch.zero=0 (as configured)" in forecast(config, 2, 80, **options)

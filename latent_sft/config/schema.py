@@ -174,13 +174,16 @@ class LoraConfig:
     """Adapters; rank 0 is full fine-tuning."""
 
     rank: int = 0
-    alpha: float = 128.0
+    alpha: float = 0.0
+    """Adapters count `alpha / rank` times; 0 is twice the rank."""
     dropout: float = 0.0
     target_modules: str = "all-linear"
     """`all-linear` or comma-separated module names."""
 
     def __post_init__(self) -> None:
         need(self.rank >= 0, "model.lora.rank", self.rank, "0 (full fine-tuning) or a rank")
+        need(self.alpha >= 0, "model.lora.alpha", self.alpha, "0 (twice the rank) or a number > 0")
+        object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # so that both ways to say it are the same run
         need(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
 
 

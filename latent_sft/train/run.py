@@ -131,6 +131,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         trainer.state = _state(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
+        log.info("%s: %s", name, _step_size(train, processes().num_processes))
         try:
             with said_if_alone(config.launch.timeout_minutes):
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -149,6 +150,16 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
 
 def _state(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+
+def _step_size(train: TrainConfig, num_processes: int) -> str:
+    # a learning rate belongs to a batch, and fewer processes make it smaller where only their share is configured
+    size = train.max_tokens or train.batch_size
+    unit = "positions at most" if train.max_tokens else "examples"
+    return (
+        f"a step takes {size * train.accumulation * num_processes} {unit} ({size} a micro-batch x accumulation "
+        f"{train.accumulation} x {num_processes} process{'es' if num_processes > 1 else ''})"
+    )
 
 
 def _has_ended(checkpoint: str, train: TrainConfig) -> bool:

@@ -49,6 +49,26 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
     assert runs["cut"][1] == pytest.approx(runs["whole"][1], rel=1e-3)
 
 
+def test_a_global_batch_decides_the_accumulation(tiny_config, tmp_path, caplog):
+    """The step of eight examples and its losses stay, and the job says what a step takes."""
+    found = []
+    for name, settings in (("whole", ["cot.batch_size=8"]), ("cut", ["cot.batch_size=2", "cot.global_batch_size=8"])):
+        with caplog.at_level("INFO", logger="latent_sft"):
+            step = train_stage(tiny_config(f"run_dir={tmp_path / name}", *settings), "cot")
+        found.append(logged(step.directory, "train/loss"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert "cot: a step takes 8 examples (8 a micro-batch x accumulation 1 x 1 process)" in caplog.text
+    assert "cot: a step takes 8 examples (2 a micro-batch x accumulation 4 x 1 process)" in caplog.text
+
+
+def test_a_stage_is_the_same_however_its_batch_is_cut_and_its_adapters_are_said(tiny_config):
+    """Equal fingerprints; and another where the step has another size, the adapters another scale."""
+    plain = ["cot.batch_size=2", "cot.global_batch_size=8", "model.lora.rank=4"]
+    ways = [[], ["cot.batch_size=4"], ["model.lora.alpha=8"], ["cot.global_batch_size=16"], ["model.lora.alpha=4"]]
+    first, *others = (Workspace(tiny_config(*plain, *way)).step("cot").fingerprint for way in ways)
+    assert [other == first for other in others] == [True, True, False, False]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path):
     """Stop after the first of two checkpoints by deleting everything the second half wrote, and run again."""
     whole = train_stage(tiny_config(f"run_dir={tmp_path / 'whole'}"), "cot")
