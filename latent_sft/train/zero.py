@@ -163,7 +163,7 @@ def loading(config: Config) -> Iterator[None]:
 
 
 def one_dtype(model: nn.Module, deepspeed: dict[str, Any] | None) -> None:
-    """Round what is trained beside bfloat16 weights (marker, thoughts) to their type, as DeepSpeed does below ZeRO-3."""
+    """Round marker and thoughts beside bfloat16 weights to their type, as DeepSpeed does but for ZeRO-3."""
     if deepspeed and "bf16" in deepspeed:
         for parameter in model.parameters():
             if not is_partitioned([parameter]):

@@ -273,9 +273,7 @@ def test_a_global_batch_is_the_step_of_any_number_of_processes(tmp_path):
         assert [same_step(train, "cot", checkpoint, n).accumulation for n in (1, 2, 8)] == [16, 8, 2]
         # micro-batches of another size are shared out anew
         assert same_step(replace(train, batch_size=8), "cot", checkpoint, 2).accumulation == 4
-    with pytest.raises(
-        ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(batch_size=4"
-    ):
+    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(batch_size=4"):
         same_step(train, "cot", None, 3)
     (tmp_path / "checkpoint-4" / "global_step4").mkdir()
     with pytest.raises(ConfigError, match="is a ZeRO checkpoint"):

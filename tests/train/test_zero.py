@@ -72,11 +72,16 @@ def test_two_processes_with_zero_equal_one(trained, run, reference, stage):
     for tag in ("train/loss", "train/grad_norm", "train/learning_rate"):
         assert len(logged(expected, tag)) == 3
         assert logged(ours, tag) == pytest.approx(logged(expected, tag), rel=1e-5), tag
+    # each process decodes some of the rows; all get what one process gets from all of them
     assert logged(ours, "eval/accuracy") == logged(expected, "eval/accuracy")
+    assert logged(ours, "eval/reasoning_steps") == logged(expected, "eval/reasoning_steps")
+    for tag in ("eval/latent_entropy", "eval/end_share"):
+        assert logged(ours, tag) == pytest.approx(logged(expected, tag), rel=1e-4), tag
     a, b = weights(ours), weights(expected)
     assert a.keys() == b.keys()
     for name, value in b.items():
-        torch.testing.assert_close(a[name], value, rtol=0, atol=2e-6, msg=name)
+        # of three steps of 1e-3; Adam turns rounding into as much where a gradient is nearly 0
+        torch.testing.assert_close(a[name], value, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_final_folder_is_what_was_trained(trained):
@@ -91,6 +96,15 @@ def test_the_final_folder_is_what_was_trained(trained):
     load_stage1(Workspace(config_of(trained, "zero3", 0)), trained / "zero3" / "stage1-union" / "final")
 
 
+def test_validation_is_shared_out(trained):
+    """Of five rows: three and two, or with ZeRO-3, where the processes keep step, three and three."""
+    for rank, numbers in ((0, [3, 3, 3, 3]), (1, [3, 2, 2, 3])):
+        assert list(map(int, (trained / f"decoded-{rank}.txt").read_text().split())) == numbers
+    # the second process thought for 32 tokens while the first one stopped at 8
+    (steps,) = logged(trained / "zero3-uneven" / "cot", "eval/reasoning_steps")
+    assert steps == pytest.approx((3 * 8 + 2 * 32) / 5)
+
+
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_thoughts_beside_a_model_in_16_bit_are_float32(trained, level):
     """Scales of the norm start at 1; in bfloat16 the next numbers are 0.4 % away, so that they would stay there."""
@@ -103,7 +117,7 @@ def test_thoughts_beside_a_model_in_16_bit_are_float32(trained, level):
 
 @pytest.mark.slow
 def test_every_stage_trains_beside_a_model_in_16_bit(tmp_path):
-    """Two processes, each ZeRO level and none, through the first validation: 120 trainings, seven minutes."""
+    """Two processes, each ZeRO level and none, through the first validation: 120 trainings, five minutes."""
     job = started(tmp_path, "halves")
     output, _ = job.communicate(timeout=1800)
     assert job.returncode == 0, output[-4000:]

@@ -18,7 +18,9 @@ import latent_sft.train.run as run
 from latent_sft.config.load import load_config
 from latent_sft.config.schema import SECTIONS, STAGES, Config
 from latent_sft.inference.label import make_labels
+from latent_sft.train import share
 from latent_sft.train.run import train_stage
+from latent_sft.workspace import processes
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
 THOUGHTS = ("kava", "coconut")
@@ -32,7 +34,7 @@ SHARED = [
 ]
 RATES = [f"{section}.learning_rate=1e-3" for section in SECTIONS.values()]
 SHORT = [
-    f"{s}.{v}" for s in SECTIONS.values() for v in ("max_steps=3", "eval_every=3", "save_every=2", "eval_examples=4")
+    f"{s}.{v}" for s in SECTIONS.values() for v in ("max_steps=3", "eval_every=3", "save_every=2", "eval_examples=5")
 ]
 
 
@@ -82,11 +84,27 @@ def train_all(config: Config, *, kill: bool) -> None:
         train_stage(config, stage)
 
 
+def count_decoded(path: Path) -> None:
+    """Write down how many rows this process decodes at each validation."""
+    original = share.solve
+
+    def solve(thinker, model, spec, rows, **options):
+        with path.open("a") as handle:
+            handle.write(f"{len(rows)}\n")
+        return original(thinker, model, spec, rows, **options)
+
+    share.solve = solve
+
+
 def main(folder: Path) -> None:
     """Train everything at every level."""
     for zero in (1, 2, 3):
         train_all(config_of(folder, f"zero{zero}", zero), kill=True)
     train_stage(config_of(folder, "zero3-shared", 3, shared=True), "stage1-union")
+    count_decoded(folder / f"decoded-{processes().process_index}.txt")
+    # the second process thinks for longer, and the first one has to go on with it
+    longer = f"eval.max_cot_tokens={8 + 24 * processes().process_index}"
+    train_stage(config_of(folder, "zero3-uneven", 3, longer), "cot")
     for zero, more in ((1, []), (2, AUTOCAST), (3, [])):
         train_stage(config_of(folder, f"zero{zero}-halves", zero, *HALVES, *more), "kava")
 
