@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from latent_sft.config.schema import Config, SelfDistillConfig
+from latent_sft.config.schema import Config, ModelConfig, SelfDistillConfig
 from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
@@ -95,25 +95,26 @@ def measure(config: Config, vocab_size: int) -> Backbone:
 
 def weights_of(config: Config, stage: str, backbone: Backbone) -> Weights:
     """Return the parameters a stage holds: one model, or the encoder and decoder of stage 1 and the marker."""
-    item, adapters = itemsize(config), backbone.adapters
+    item, whole, adapters = itemsize(config.model), itemsize(config.trained_model), backbone.adapters
     if not stage.startswith("stage1"):
         extra = _thought_weights(config, stage, backbone.shape.hidden)
         if adapters:
-            trained = 4 * adapters + item * extra
-            return Weights(adapters + extra, trained, item * backbone.size, backbone.largest, item)
-        return Weights(backbone.size + extra, item * (backbone.size + extra), 0, backbone.largest, item)
+            trained = adapters + extra
+            return Weights(trained, 4 * trained, item * backbone.size, backbone.largest, item)
+        return Weights(backbone.size + extra, whole * (backbone.size + extra), 0, backbone.largest, whole)
     encoder, decoder = stage != "stage1-decoder", stage != "stage1-encoder"
     marker = backbone.shape.hidden
-    held = (1 if config.stage1.share_backbone else 2) * item * backbone.size
     if adapters:  # in float32, as PEFT and the marker keep them
+        held = (1 if config.stage1.share_backbone else 2) * item * backbone.size
         trained = adapters * (encoder + decoder) + marker * encoder
         idle = 4 * adapters * (2 - encoder - decoder) if config.stage1.share_backbone else 0
         return Weights(trained, 4 * trained, held + idle + 4 * marker * (not encoder), backbone.largest, item)
+    held = backbone.size * ((whole if encoder else item) + (whole if decoder else item))
     # the encoder's own head is not part of the loss
     trained = (backbone.size - backbone.head) * encoder + backbone.size * decoder
-    trained_bytes = item * trained + 4 * marker * encoder
+    trained_bytes = whole * trained + 4 * marker * encoder
     frozen_bytes = held + 4 * marker - trained_bytes
-    return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, item)
+    return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, whole)
 
 
 def _thought_weights(config: Config, stage: str, hidden: int) -> int:
@@ -241,9 +242,9 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
         ) from error
 
 
-def itemsize(config: Config) -> int:
-    """Return the bytes of one weight of the base model."""
-    return getattr(torch, config.model.dtype).itemsize
+def itemsize(model: ModelConfig) -> int:
+    """Return the bytes of one weight."""
+    return getattr(torch, model.dtype).itemsize
 
 
 def _numel(lm: torch.nn.Module) -> int:

@@ -116,11 +116,14 @@ class Workspace:
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
-        train = self.config.stage(name)
-        # what it starts from is known by its weights: `source`
-        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in (*_WATCHING, "start_from")}
-        # one of the two decides what a batch is; runs that are older than max_tokens stay what they are
-        del settings["batch_size" if train.max_tokens else "max_tokens"]
+        train, dtype = self.config.stage(name), self.config.model.dtype
+        # what does not decide how much a step takes; what it starts from is known by its weights, `source`
+        unused = {"max_tokens", "global_batch_size"}
+        if train.max_tokens:
+            unused = {"batch_size", "global_batch_size"}
+        elif train.global_batch_size:
+            unused = {"batch_size", "accumulation", "max_tokens"}
+        settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in {*_WATCHING, *unused, "start_from"}}
         inputs: dict[str, Any] = {
             "step": name,
             "seed": self.config.seed,
@@ -128,7 +131,8 @@ class Workspace:
             "data": self._data_identity(),
             "prompt": self._prompt_identity(),
             "lora": dataclasses.asdict(self.config.model.lora),
-            "dtype": self.config.model.dtype,
+            # beside it, what is trained is float32; a run that is older than that is another one
+            "dtype": {"frozen": dtype, "trained": "float32"} if dtype != "float32" else dtype,
             "train": settings,
         }
         if name in STAGE1_PHASES:

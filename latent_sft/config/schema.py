@@ -6,7 +6,7 @@ Ranges that need a tokenizer (ids, vocabulary) are checked later, by `LatentSpec
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from operator import attrgetter
 from typing import Literal
@@ -199,13 +199,16 @@ class LoraConfig:
     """Adapters; rank 0 is full fine-tuning."""
 
     rank: int = 0
-    alpha: float = 128.0
+    alpha: float = 0.0
+    """Adapters count `alpha / rank` times; 0 is twice the rank."""
     dropout: float = 0.0
     target_modules: str = "all-linear"
     """`all-linear` or comma-separated module names."""
 
     def __post_init__(self) -> None:
         need(self.rank >= 0, "model.lora.rank", self.rank, "0 (full fine-tuning) or a rank")
+        need(self.alpha >= 0, "model.lora.alpha", self.alpha, "0 (twice the rank) or a number > 0")
+        object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # so that both ways to say it are the same run
         need(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
 
 
@@ -218,7 +221,9 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in memory while training."""
+    """Of frozen weights and of matrix products. What is trained is float32: adapters, and with `lora.rank=0` the whole
+    model, under mixed precision of this type (with ZeRO the weights are bfloat16, with float32 copies in its
+    optimizer)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -456,6 +461,8 @@ class Config:
             for stage in phases[1:]:
                 given = self.stage(stage).start_from
                 need(not given, f"{SECTIONS[stage]}.start_from", given, "empty, or stage1.share_backbone=false")
+        mixed = [s for s in STAGES if self.model.dtype == "float16" and self.stage(s).mixed_precision == "bf16"]
+        need(not mixed, f"{SECTIONS[(mixed or STAGES)[0]]}.mixed_precision", "bf16", "fp16, as model.dtype=float16")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
@@ -474,6 +481,19 @@ class Config:
     def directory(self) -> str:
         """Run directory: `run_dir`, or `runs/<name>`."""
         return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def trained_model(self) -> ModelConfig:
+        """`model` as a stage loads what it trains: all weights in float32, unless ZeRO or adapters see to that."""
+        copied = self.model.lora.rank or self.launch.zero
+        return self.model if copied else replace(self.model, dtype="float32")
+
+    def precision(self, stage: str) -> str:
+        """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""
+        said, dtype = self.stage(stage).mixed_precision, self.model.dtype
+        if said == "no" and dtype == "float16":
+            return "fp16"  # for its scaler: gradients of float16 end at 6e-8
+        return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
 
     def stage(self, name: str) -> TrainConfig:
         """Return the training settings of a stage by its command-line name (see STAGES)."""

@@ -25,7 +25,6 @@ from latent_sft.inference.encode import load_stage1
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
 from latent_sft.method.types import Soft, ThoughtSpec
-from latent_sft.models.backbone import input_table
 from latent_sft.models.load import load_lm
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 from latent_sft.plan import MODELS, models_of
@@ -222,10 +221,10 @@ def _load(work: Workspace, name: str, source: Step) -> Thinker:
         del settings["enabled"]
         return Thinker("soft", model, soft=Soft(**settings))
     how = read_json(source.final / "thinker.json")
-    return Thinker(how["thinker"], model, thoughts=_thoughts(source.final, how, model, device))
+    return Thinker(how["thinker"], model, thoughts=_thoughts(source.final, how, device))
 
 
-def _thoughts(folder: Path, how: dict[str, Any], model: nn.Module, device: torch.device) -> Thoughts | None:
+def _thoughts(folder: Path, how: dict[str, Any], device: torch.device) -> Thoughts | None:
     if "thoughts" not in how:
         return None
-    return load_thoughts(folder / THOUGHTS_FILE, ThoughtSpec(**how["thoughts"]), input_table(model).dtype, device)
+    return load_thoughts(folder / THOUGHTS_FILE, ThoughtSpec(**how["thoughts"]), device)

@@ -191,7 +191,7 @@ def _check_thoughts(source: Path, spec: ThoughtSpec) -> None:
     if not path.is_file():
         raise ExportError(f"{path}: missing; a model that thinks in hidden states cannot run without it.")
     try:
-        thoughts = load_thoughts(path, spec, torch.float32, torch.device("cpu"))
+        thoughts = load_thoughts(path, spec, torch.device("cpu"))
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise ExportError(
             f"{path}: damaged, or of another model than {THINKER_FILE} says ({_first_line(error)}); train that stage "

@@ -301,8 +301,7 @@ def _beside(model: PreTrainedModel, spec: ThoughtSpec) -> Thoughts:
             f"{THOUGHTS_FILE}: not found beside the model, which was loaded from {model.name_or_path!r}; load it from "
             "the exported folder or its Hub repository."
         ) from error
-    table = model.get_input_embeddings().weight
-    return load_thoughts(path, spec, table.dtype, table.device)
+    return load_thoughts(path, spec, model.get_input_embeddings().weight.device)
 
 
 def _with_latents(sequences: Tensor, decoded: list[Decoded], spec: LatentSpec) -> LatentOutput:

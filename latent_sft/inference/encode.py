@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_sft.config.schema import SECTIONS, Config
@@ -27,22 +28,15 @@ ADAPTERS_FILE = "adapters.safetensors"  # of both halves, where they share a bac
 log = logging.getLogger(__name__)
 
 
-def load_stage1(work: Workspace, folder: Path) -> Stage1Model:
-    """Load encoder, decoder and marker from a finished phase.
+def load_stage1(work: Workspace, folder: Path, reader: str = "label") -> Stage1Model:
+    """Load encoder, decoder and marker from a finished phase, for what `reader` does with them.
 
     Raises:
         ArtefactError: the folder is incomplete.
     """
     if not (folder / MARKER_FILE).exists():
         raise ArtefactError(f"{folder / MARKER_FILE}: missing; run that stage-1 phase again.")
-    model = work.config.model
-    return Stage1Model(
-        load_lm(folder / "encoder", model),
-        load_lm(folder / "decoder", model),
-        load_file(folder / MARKER_FILE)["marker"],
-        work.spec,
-        attention=work.config.stage1.attention,
-    )
+    return _stage1(work, reader, folder / "encoder", folder / "decoder", load_file(folder / MARKER_FILE)["marker"])
 
 
 def phase_start(work: Workspace, reader: str) -> Stage1Model:
@@ -53,10 +47,21 @@ def phase_start(work: Workspace, reader: str) -> Stage1Model:
     """
     source = work.source_of(reader)
     if source is not None and (source.directory.name in STAGE1_PHASES or (source.final / MARKER_FILE).exists()):
-        return load_stage1(work, source.final)
-    encoder, decoder = (load_lm(work.start_of(reader), work.config.model) for _ in range(2))
-    marker = initial_marker(encoder, work.spec)
-    return Stage1Model(encoder, decoder, marker, work.spec, attention=work.config.stage1.attention)
+        return load_stage1(work, source.final, reader)
+    start = work.start_of(reader)
+    return _stage1(work, reader, start, start)
+
+
+def _stage1(
+    work: Workspace, reader: str, encoder: str | Path, decoder: str | Path, marker: Tensor | None = None
+) -> Stage1Model:
+    def loaded(path: str | Path, half: str) -> nn.Module:
+        trained = reader in (f"stage1-{half}", "stage1-union")
+        return load_lm(path, work.config.trained_model if trained else work.config.model)
+
+    first = loaded(encoder, "encoder")
+    marker = initial_marker(first, work.spec) if marker is None else marker
+    return Stage1Model(first, loaded(decoder, "decoder"), marker, work.spec, attention=work.config.stage1.attention)
 
 
 def shared_start(work: Workspace, phase: str) -> Stage1Model:

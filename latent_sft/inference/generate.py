@@ -67,6 +67,7 @@ def generate(
     progress: Callable[[int], object] | None = None,
     static: bool = False,
     compile: bool = False,
+    together: Callable[[bool], bool] | None = None,
 ) -> list[Decoded]:
     """Decode every prompt.
 
@@ -87,6 +88,9 @@ def generate(
         progress: called with the number of problems just finished.
         static: the same shapes at every step, at the price of attention over the whole buffer.
         compile: run steps through `torch.compile` with CUDA graphs; implies `static`. Pays on a GPU, for many problems.
+        together: whether this process has problems left -> whether any of the job has. Where calls of the model are
+            collectives, all processes then make equally many; give each as many prompts, and not more than are read
+            at once.
 
     Returns:
         One `Decoded` a prompt, in order.
@@ -142,7 +146,7 @@ def generate(
         if "flash" in attention:  # takes no mask, and columns that rows do not have in common need one
             core(model).config._attn_implementation = "sdpa" if core(model)._supports_sdpa else "eager"
         slots = Slots(job, min(batch_size, len(prompts)), max(sizes))
-        while len(results) < len(prompts):
+        while (together or bool)(len(results) < len(prompts)):
             slots.refill(queue, prefix, sizes)
             finished = slots.harvest()
             for row in finished:
@@ -150,7 +154,7 @@ def generate(
             if finished and progress is not None:
                 progress(len(finished))
             slots.tidy(more=bool(queue))
-            if slots.live():
+            if slots.live() or together is not None:
                 slots.step()
     finally:
         core(model).config._attn_implementation = attention

@@ -191,9 +191,8 @@ def _thoughts(checkpoint: str | Path, spec: ThoughtSpec, model: PreTrainedModel)
         raise ArtefactError(
             f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
         )
-    table = input_table(model)
     try:
-        return load_thoughts(Path(path), spec, table.dtype, table.device)
+        return load_thoughts(Path(path), spec, input_table(model).device)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
 

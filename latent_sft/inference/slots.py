@@ -199,7 +199,9 @@ class Slots:
         self.thoughts[rows, place] = moved.embeds[:, 0]
 
     def step(self) -> None:
-        """Feed every slot once."""
+        """Feed every slot once; where none is in work, that changes nothing."""
+        if not self.live():
+            self.cache.move_to(0)
         if self.cache.column + 1 == self.cache.capacity:
             self._pack(grow=True)
         column, job = self.cache.column, self.job

@@ -29,6 +29,7 @@ def solve(
     latents: Sequence[Superposition | Tensor] | None = None,
     sampling: Sampling | None = None,
     progress: Callable[[int], object] | None = None,
+    together: Callable[[bool], bool] | None = None,
 ) -> list[Decoded]:
     """Decode every row.
 
@@ -45,9 +46,11 @@ def solve(
         latents: fed in place of any thinking, see `generate`; not for `gold`, which makes its own.
         sampling: None is greedy.
         progress: called with the number of rows just finished.
+        together: of a job whose processes keep step, see `generate`.
     """
     prompts = [row["prompt"] for row in rows]
     options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "progress": progress}
+    options["together"] = together
     if thinker == "gold":
         assert isinstance(model, Stage1Model)
         latents = list(gold_latents(model, rows, batch_size))

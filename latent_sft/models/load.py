@@ -187,7 +187,7 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         ) from error
 
 
-def tiny_hf_config(config: TinyModelConfig, **others: Any) -> PretrainedConfig:
+def tiny_hf_config(config: TinyModelConfig, **others: Any) -> PreTrainedConfig:
     """Return the configuration of a model from scratch: these sizes, no dropout, and what else is given."""
     usual = AutoConfig.for_model(config.model_type)
     # families differ in their usual dropout; latents are noisy only where the configuration says so
@@ -195,7 +195,7 @@ def tiny_hf_config(config: TinyModelConfig, **others: Any) -> PretrainedConfig:
     return AutoConfig.for_model(config.model_type, **_sizes(config, usual), **no_dropout, **others)
 
 
-def _sizes(config: TinyModelConfig, usual: PretrainedConfig) -> dict[str, Any]:
+def _sizes(config: TinyModelConfig, usual: PreTrainedConfig) -> dict[str, Any]:
     """Return the sizes by the names of this model type, which would take others without a word and not use them."""
     known, sizes = {*usual.to_dict(), *usual.attribute_map}, {}
     for key, names in _SIZE_NAMES.items():

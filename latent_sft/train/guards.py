@@ -36,10 +36,11 @@ def check_rows(num_rows: int, train: TrainConfig, stage: str, num_processes: int
         return  # `TokenBatchSampler` cuts batches to the job's size and checks for itself
     per_step = train.batch_size * train.accumulation * num_processes
     if num_rows < per_step:
+        how = "Lower global_batch_size" if train.global_batch_size else "Lower one of the three"
         raise TrainingError(
             f"{stage}: {num_rows} training rows, but one optimizer step takes {per_step} ({SECTIONS[stage]}.batch_size="
-            f"{train.batch_size} x accumulation={train.accumulation} x {num_processes} processes). Lower one of the "
-            "three, or give more rows (data.train, data.limit_train)."
+            f"{train.batch_size} x accumulation={train.accumulation} x {num_processes} processes). {how}, or give more "
+            "rows (data.train, data.limit_train)."
         )
 
 

@@ -59,6 +59,8 @@ def last_checkpoint(folder: Path) -> str | None:
 def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_processes: int) -> TrainConfig:
     """Return the settings with the accumulation that makes an optimizer step what it was before a checkpoint.
 
+    Where `global_batch_size` is given, that is it.
+
     The step of a stage (its examples, and so its schedule) is fixed when the stage begins; more or fewer processes
     only share it out anew.
 
@@ -71,17 +73,20 @@ def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_proc
     Raises:
         ConfigError: this number of processes cannot share the step, or cannot read the checkpoint.
     """
+    train = train.shared(section, num_processes)
     if checkpoint is None:
         return train
     facts = read_json(Path(checkpoint) / MARKER)
     before, micro_batches = facts["processes"], facts["processes"] * facts["accumulation"]
-    if before == num_processes:
-        return dataclasses.replace(train, accumulation=facts["accumulation"])
-    if any(Path(checkpoint).glob("global_step*")):
+    if before != num_processes and any(Path(checkpoint).glob("global_step*")):
         raise ConfigError(
             f"launch.nproc: got {num_processes} processes, expected {before}: {checkpoint} is a ZeRO checkpoint, which "
             "holds one part of the optimizer for each process. Go on with as many, or delete the checkpoints."
         )
+    if train.global_batch_size:
+        return train
+    if before == num_processes:
+        return dataclasses.replace(train, accumulation=facts["accumulation"])
     if micro_batches % num_processes:
         raise ConfigError(
             f"launch.nproc: got {num_processes} processes, expected a divisor of {micro_batches}: a step of "

@@ -112,7 +112,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         callbacks.append(ForgetMoments(config.coconut))
     trainer = LatentTrainer(
         model=model,
-        args=_arguments(train, step.directory, config, deepspeed),
+        args=_arguments(train, step.directory, config, deepspeed, config.precision(name)),
         train_dataset=train_rows,
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
@@ -131,6 +131,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         trainer.state = state_of(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
+        log.info("%s: %s", name, _step_size(train, processes().num_processes))
         try:
             with said_if_alone(config.launch.timeout_minutes):
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -180,6 +181,16 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
     return step
 
 
+def _step_size(train: TrainConfig, num_processes: int) -> str:
+    # a learning rate belongs to a batch, and fewer processes make it smaller where only their share is configured
+    size = train.max_tokens or train.batch_size
+    unit = "positions at most" if train.max_tokens else "examples"
+    return (
+        f"a step takes {size * train.accumulation * num_processes} {unit} ({size} a micro-batch x accumulation "
+        f"{train.accumulation} x {num_processes} process{'es' if num_processes > 1 else ''})"
+    )
+
+
 def _total_steps(train: TrainConfig, sampler: LengthBucketSampler | TokenBatchSampler) -> int:
     return train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
 
@@ -205,7 +216,9 @@ def _sampler(train: TrainConfig, name: str, work: Workspace, per_step: int) -> L
     return sampler
 
 
-def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None) -> TrainingArguments:
+def _arguments(
+    train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None, precision: str
+) -> TrainingArguments:
     by_steps = train.eval_every > 0
     schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
     if train.schedule == "cosine" and train.min_lr_ratio > 0:
@@ -237,8 +250,8 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         metric_for_best_model="accuracy",
         greater_is_better=True,
         # with DeepSpeed the Trainer asks for what DeepSpeed is told already; its autocast is DeepSpeed's own
-        bf16="bf16" in deepspeed if deepspeed else train.mixed_precision == "bf16",
-        fp16=train.mixed_precision == "fp16",
+        bf16="bf16" in deepspeed if deepspeed else precision == "bf16",
+        fp16=precision == "fp16",
         dataloader_num_workers=train.num_workers,
         remove_unused_columns=False,
         report_to=list(config.report_to),  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run

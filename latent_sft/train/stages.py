@@ -21,7 +21,6 @@ from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_
 from latent_sft.data.labels import LabelStore
 from latent_sft.evaluation.answers import answer_text, is_correct
 from latent_sft.inference.encode import ADAPTERS_FILE, MARKER_FILE, load_stage1, phase_start, shared_start
-from latent_sft.inference.solve import solve
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import head_table, input_table
@@ -31,6 +30,7 @@ from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
 from latent_sft.train.lengths import explicit_lengths, stage1_lengths, stage2_lengths
 from latent_sft.train.sampler import Lengths
+from latent_sft.train.share import gathered, solve_share
 from latent_sft.train.thought_lengths import coconut_lengths
 from latent_sft.train.thought_stages import (
     build_coconut,
@@ -76,7 +76,7 @@ def _frozen(lm: nn.Module) -> nn.Module:
 
 
 def _build_explicit(work: Workspace, *, name: str) -> nn.Module:
-    return ExplicitModel(trainable(load_lm(work.start_of(name), work.config.model), work.config.model.lora))
+    return ExplicitModel(trainable(load_lm(work.start_of(name), work.config.trained_model), work.config.model.lora))
 
 
 def _collate_explicit(work: Workspace, train: TrainConfig, *, with_cot: bool) -> Collate:
@@ -137,7 +137,7 @@ def _build_stage2(work: Workspace) -> nn.Module:
     source = work.source_of("stage2")
     assert source is not None  # source_of raises where there is no stage-1 phase
     source.results()
-    lm = load_lm(work.start_of("stage2"), work.config.model)
+    lm = load_lm(work.start_of("stage2"), work.config.trained_model)
     return Stage2Model(trainable(lm, work.config.model.lora), work.spec)
 
 
@@ -227,10 +227,13 @@ STAGES: dict[str, Stage] = {
 
 
 def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return accuracy, mean reasoning steps and, where there are latents, their entropy and share of `</think>`."""
+    """Return accuracy, mean reasoning steps and, where there are latents, their entropy and share of `</think>`.
+
+    The processes of a job share the rows, and all of them return what one would.
+    """
     settings = work.config.eval
     thoughts = getattr(model, "thoughts", None)
-    decoded = solve(
+    decoded = solve_share(
         "explicit" if thoughts is not None and not thoughts.spec.num_latents else stage.thinker,
         stage.lm(model),
         work.spec,
@@ -239,16 +242,17 @@ def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: li
         max_cot_tokens=settings.max_cot_tokens,
         thoughts=thoughts,
     )
-    right = [
-        is_correct(answer_text(work.tokenizer, d.answer_ids), row["reference"], settings.grader)
-        for d, row in zip(decoded, rows, strict=True)
-    ]
-    metrics = {
-        "accuracy": sum(right) / len(rows),
-        "reasoning_steps": sum(d.num_steps for d in decoded) / len(rows),
+    found = {
+        i: (
+            is_correct(answer_text(work.tokenizer, d.answer_ids), rows[i]["reference"], settings.grader),
+            d.num_steps,
+            None if d.latent_ids is None else Superposition(d.latent_ids, d.latent_weights),
+        )
+        for i, d in decoded.items()
     }
-    latents = [Superposition(d.latent_ids, d.latent_weights) for d in decoded if d.latent_ids is not None]
-    latents = [s for s in latents if len(s.ids)]
+    right, num_steps, latents = zip(*gathered(found), strict=True)
+    metrics = {"accuracy": sum(right) / len(rows), "reasoning_steps": sum(num_steps) / len(rows)}
+    latents = [s for s in latents if s is not None and len(s.ids)]
     if latents:
         flat = Superposition(*(torch.cat(parts) for parts in zip(*latents, strict=True)))
         metrics["latent_entropy"] = entropy(flat).mean().item()

@@ -32,7 +32,7 @@ Collate = Callable[[list[dict[str, Any]]], Batch]
 def build_distill(work: Workspace, *, name: str) -> nn.Module:
     """Return the model of `codi`, `pccot` or `kava`, ready to train."""
     settings: SelfDistillConfig = getattr(work.config, name)
-    lm = load_lm(work.start_of(name), work.config.model)
+    lm = load_lm(work.start_of(name), work.config.trained_model)
     thoughts = _thoughts(lm, work, _thought_spec(settings), dropout=settings.projection_dropout)
     _take_given(thoughts, work, name)
     return SelfDistillModel(trainable(lm, work.config.model.lora), thoughts, work.spec, settings)
@@ -41,7 +41,7 @@ def build_distill(work: Workspace, *, name: str) -> nn.Module:
 def build_coconut(work: Workspace) -> nn.Module:
     """Return the model of `coconut`, ready to train."""
     count = work.config.coconut.num_latents
-    lm = load_lm(work.start_of("coconut"), work.config.model)
+    lm = load_lm(work.start_of("coconut"), work.config.trained_model)
     thoughts = _thoughts(lm, work, ThoughtSpec(num_latents=count, iterations=count))
     _take_given(thoughts, work, "coconut")
     return CoconutModel(trainable(lm, work.config.model.lora), thoughts, work.spec)

@@ -268,7 +268,7 @@ def test_thoughts_in_hidden_states_come_from_the_hub_too(
     prompt = [7, 5, *spec.think_ids]
     found = run_from_the_hub(hub, prompt, tmp_path)
     how = ThoughtSpec(num_latents=5, iterations=2, projection=True)
-    thoughts = load_thoughts(folder / "thoughts.safetensors", how, torch.float32, torch.device("cpu"))
+    thoughts = load_thoughts(folder / "thoughts.safetensors", how, torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     row = generate(model, spec, [prompt], thinker="continuous", thoughts=thoughts)[0]
     assert found == [[sequence_of(prompt, row, spec)]] * 2

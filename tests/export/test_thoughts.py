@@ -39,7 +39,7 @@ def prompts(problems: list[str], tokenizer: PreTrainedTokenizerBase, spec: Laten
 
 def decode(folder: Path, spec: LatentSpec, name: str, prompts: list[list[int]]) -> list[Decoded]:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    thoughts = load_thoughts(folder / "thoughts.safetensors", THOUGHTS[name], torch.float32, torch.device("cpu"))
+    thoughts = load_thoughts(folder / "thoughts.safetensors", THOUGHTS[name], torch.device("cpu"))
     return generate(model, spec, prompts, thinker="continuous", thoughts=thoughts)
 
 

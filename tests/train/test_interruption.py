@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,20 @@ def test_another_number_of_processes_shares_the_same_step(tmp_path):
     with pytest.raises(ConfigError, match=r"launch.nproc: got 8 processes, expected 4: .* is a ZeRO checkpoint"):
         same_step(train, "cot", found, 8)
     assert same_step(train, "cot", found, 4).accumulation == 2
+
+
+def test_a_global_batch_is_the_step_of_any_number_of_processes(tmp_path):
+    train = TrainConfig(batch_size=4, global_batch_size=64)
+    found = checkpoint_of(tmp_path / "checkpoint-4", processes=2, accumulation=8)
+    for checkpoint in (None, found):
+        assert [same_step(train, "cot", checkpoint, n).accumulation for n in (1, 2, 8)] == [16, 8, 2]
+        # micro-batches of another size are shared out anew
+        assert same_step(replace(train, batch_size=8), "cot", checkpoint, 2).accumulation == 4
+    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(batch_size=4"):
+        same_step(train, "cot", None, 3)
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir()
+    with pytest.raises(ConfigError, match="is a ZeRO checkpoint"):
+        same_step(train, "cot", found, 4)
 
 
 def test_a_stop_before_training_begins_needs_nothing_to_be_closed(tiny_config, monkeypatch):
