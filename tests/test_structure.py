@@ -44,7 +44,7 @@ LAYERS = {
     "cli": 11,
 }
 MAX_LINES = 350
-LONGER = {"config/schema.py": 480}  # a list of keys: long, and read by looking up
+LONGER = {"config/schema.py": 520}  # a list of keys: long, and read by looking up
 
 
 def layer_of(module: str) -> str | None:
