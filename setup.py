@@ -63,6 +63,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
+        "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
         "dev": [
             "pytest",
             "pytest-timeout",

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.filename is not None:
+            # no permission, a name too long, a file where a folder belongs: wherever it showed, a path is wrong
+            error = ConfigError(f"{error.filename}: {error.strerror}; expected a path that can be read and written.")
         expected = isinstance(error, LatentSFTError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected or args.debug else " (add --debug for the traceback)"
@@ -62,6 +65,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line; `key=value` settings may stand anywhere after the verb."""
     parser, verbs = build_parser()
+    for word in argv:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            parser.error(f"{word!r} is not UTF-8; expected text.")
     verb = next((word for word in argv if not word.startswith("-")), None)
     if verb is not None and verb not in verbs:
         parser.error(f"unknown command {verb!r}.{did_you_mean(verb, verbs, shown=len(verbs))}")
@@ -101,6 +107,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train = verb("train", _train, "one training stage")
     train.add_argument("stage", metavar="STAGE", type=_stage, help="`latent-sft plan CONFIG` lists them")
     experiment(train)
+    finish = verb("finish", _finish, "end a stopped training stage where it stands, and keep its best checkpoint")
+    finish.add_argument("stage", metavar="STAGE", type=_stage, help="`latent-sft plan CONFIG` lists them")
+    experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
     evaluation.add_argument(
@@ -206,6 +215,15 @@ def _train(args: argparse.Namespace) -> int | None:
         with exclusive(Path(config.directory) / args.stage, take=os.environ.get("RANK", "0") == "0"):
             train_stage(config, args.stage)
     return status
+
+
+def _finish(args: argparse.Namespace) -> None:
+    config = _load_one(args)
+    from latent_sft.runs import exclusive
+    from latent_sft.train.run import finish_stage
+
+    with exclusive(Path(config.directory) / args.stage):
+        finish_stage(config, args.stage)
 
 
 def _label(args: argparse.Namespace) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.schema import LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError
 from latent_sft.memory import (
@@ -19,6 +22,7 @@ from latent_sft.memory import (
     Backbone,
     Level,
     Numbers,
+    Weights,
     activations,
     buffers,
     itemsize,
@@ -26,6 +30,7 @@ from latent_sft.memory import (
     model_states,
 )
 from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
+from latent_sft.method.types import LatentSpec
 from latent_sft.methods import STAGES
 from latent_sft.sizes import Examples, Load, given_examples, load_of, measure, plan_setup, read_examples
 from latent_sft.train.zero import BUCKET
@@ -70,7 +75,7 @@ def forecast(
         f"# {_count(gpus, 'GPU')} of {gpu_memory:g} GiB; {backbone.size / 1e6:,.1f} M parameters in "
         f"{config.model.dtype}{adapters}; {examples.count:,} rows. GiB per GPU; * fits {USABLE:.0%} (docs/plan.md)",
     ]
-    fitting = list(LEVELS)
+    fitting = list(_levels(config))
     for stage in stages:
         block, fits = _block(config, stage, backbone, examples, gpus, gpu_memory, tokens_per_second)
         lines += ["#", *block]
@@ -88,47 +93,75 @@ def _block(
     tokens_per_second: float | None,
 ) -> tuple[list[str], list[Level]]:
     """Return the lines of one stage and the levels that fit."""
-    setup = plan_setup(config, stage, examples)
-    train, weights, load = setup.train, STAGES[stage].parameters(backbone, setup), load_of(stage, setup, examples)
-    item, lora = itemsize(config.model), config.model.lora
-    numbers = Numbers(
-        item, item if train.mixed_precision == "no" else 2, 4 if lora.rank else 0, bool(lora.rank and lora.dropout)
+    train, load = (
+        config.stage(stage).shared(STAGES[stage].section, gpus),
+        load_of(stage, plan_setup(config, stage, examples), examples),
     )
-    kept = sum(
-        activations(backbone.shape, numbers, positions, checkpointing=train.gradient_checkpointing)
-        for positions in (load.positions, load.encoder_positions)
-        if positions
-    )
-    # the K table rows of every latent that is a superposition, for the mixture and for the projection
-    kept += load.superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight
-    kept += (
-        load.superposed * examples.spec.top_k * backbone.shape.hidden * numbers.weight * (load.encoder_positions > 0)
-    )
-    loss = logits(backbone.shape, numbers, load.labels, trained=weights.trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
-    states = [model_states(weights, level, gpus) for level in LEVELS]
-    buffer = [buffers(weights, level, BUCKET) for level in LEVELS]
-    totals = [state.gpu + extra + kept + loss for state, extra in zip(states, buffer, strict=True)]
-    fits = [level for level, total in zip(LEVELS, totals, strict=True) if total <= USABLE * gpu_memory * GIB]
+    levels = _levels(config)
+    # what is trained as a whole is float32 without ZeRO, which else keeps such copies itself
+    under = {zero: replace(config, launch=LaunchConfig(zero=zero)) for zero in {level.zero for level in levels}}
+    setups = {zero: plan_setup(each, stage, examples) for zero, each in under.items()}
+    weights = [STAGES[stage].parameters(backbone, setups[level.zero]) for level in levels]
+    works = [
+        _work(under[level.zero], stage, held, backbone, load, examples.spec)
+        for held, level in zip(weights, levels, strict=True)
+    ]
+    states = [model_states(held, level, gpus) for held, level in zip(weights, levels, strict=True)]
+    buffer = [buffers(held, level, BUCKET) for held, level in zip(weights, levels, strict=True)]
+    totals = [s.gpu + extra + sum(work) for s, extra, work in zip(states, buffer, works, strict=True)]
+    fits = [level for level, total in zip(levels, totals, strict=True) if total <= USABLE * gpu_memory * GIB]
     steps, tokens = _extent(train, load, examples.count, gpus)
     rate = tokens_per_second or _measured(Path(config.directory) / stage)
     clock = "time unknown (--tokens-per-second)" if rate is None else f"{_duration(tokens / rate)} at {rate:,.0f}/s"
     how = "gradient checkpointing" if train.gradient_checkpointing else "no gradient checkpointing"
+    alike = weights[0] == weights[-1]
     lines = [
-        f"# {stage}: {weights.trained / 1e6:,.1f} M trained, {weights.bytes / GIB:.2f} GiB of weights; {steps:,} "
+        f"# {stage}: {weights[0].trained / 1e6:,.1f} M trained, {weights[0].bytes / GIB:.2f} GiB of weights; {steps:,} "
         f"steps, {tokens:.3g} tokens, {clock}",
         f"#   micro-batch of {_count(load.rows, 'row')}, {load.positions:,} positions"
         + (f" and {load.encoder_positions:,} of the encoder" if load.encoder_positions else "")
-        + f"; {how}, {train.mixed_precision} mixed precision",
-        f"#   activations {kept / GIB:.2f}, loss and logits {loss / GIB:.2f}, at every level",
-        "#   launch.zero  launch.offload  model states  buffers    total   host memory of a node",
+        + f"; {how}, {under[0].precision(stage)} mixed precision",
+        f"#   activations {works[0][0] / GIB:.2f}, loss and logits {works[0][1] / GIB:.2f}"
+        + (", at every level" if alike else ""),
     ]
-    for level, state, extra, total in zip(LEVELS, states, buffer, totals, strict=True):
+    if not alike:
+        lines.append(
+            f"#   with ZeRO in {config.model.dtype}: {weights[-1].bytes / GIB:.2f} GiB of weights, activations "
+            f"{works[-1][0] / GIB:.2f}, loss and logits {works[-1][1] / GIB:.2f}"
+        )
+    lines.append("#   launch.zero  launch.offload  model states  buffers    total   host memory of a node")
+    for level, state, extra, total in zip(levels, states, buffer, totals, strict=True):
         mark, host = "*" if level in fits else " ", f"{state.host / GIB:.2f}" if state.host else ""
         lines.append(
             f"#   {level.zero:>11}  {level.offload:<14}{state.gpu / GIB:>14.2f}{extra / GIB:>9.2f}"
             f"{total / GIB:>9.2f}{mark}{host:>24}".rstrip()
         )
     return lines, fits
+
+
+def _levels(config: Config) -> Sequence[Level]:
+    # as the configuration allows
+    return LEVELS[:1] if any(config.precision(stage) == "fp16" for stage in STAGES) else LEVELS
+
+
+def _work(
+    config: Config, stage: str, held: Weights, backbone: Backbone, load: Load, spec: LatentSpec
+) -> tuple[int, int]:
+    """Return the bytes of activations, and of loss and logits, of a micro-batch."""
+    train, lora, weight = config.stage(stage), config.model.lora, itemsize(config.trained_model)
+    products = weight if config.precision(stage) == "no" else 2
+    numbers = Numbers(weight, products, 4 if lora.rank else 0, bool(lora.rank and lora.dropout))
+    kept = sum(
+        activations(backbone.shape, numbers, positions, checkpointing=train.gradient_checkpointing)
+        for positions in (load.positions, load.encoder_positions)
+        if positions
+    )
+    # the K table rows of every latent that is a superposition, for the mixture and for the projection; where K is the
+    # whole vocabulary no row but ids, logits and weights of it
+    entry = backbone.shape.hidden * numbers.weight
+    entry = entry if spec.top_k < spec.vocab_size else min(entry, 24)
+    kept += load.superposed * spec.top_k * entry * (2 if load.encoder_positions else 1)
+    return kept, logits(backbone.shape, numbers, load.labels, trained=held.trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
 
 
 def _count(number: int, noun: str) -> str:
@@ -138,8 +171,8 @@ def _count(number: int, noun: str) -> str:
 def _advice(fitting: list[Level], config: Config) -> str:
     if not fitting:
         return (
-            "no level fits every stage: use gradient_checkpointing=true, a smaller batch_size with more accumulation, "
-            "model.dtype=bfloat16, adapters (model.lora.rank), or more GPUs"
+            "no level fits every stage: use gradient_checkpointing=true, a smaller batch_size with global_batch_size, "
+            "adapters (model.lora.rank) on model.dtype=bfloat16, or more GPUs"
         )
     best = fitting[0]
     settings = f"launch.zero={best.zero}" + ("" if best.offload == "none" else f" launch.offload={best.offload}")

@@ -124,13 +124,19 @@ def itemsize(model: ModelConfig) -> int:
     return DTYPE_BYTES[model.dtype]
 
 
-def one_model(backbone: Backbone, model: ModelConfig, extra: int = 0) -> Weights:
-    """Return the parameters of a stage that holds one language model, and `extra` beside it."""
-    item, adapters = itemsize(model), backbone.adapters
+def one_model(backbone: Backbone, model: ModelConfig, trained: ModelConfig, extra: int = 0) -> Weights:
+    """Return the parameters of a stage that holds one language model, and `extra` in float32 beside it.
+
+    Args:
+        backbone: sizes of the model.
+        model: how it is loaded where adapters are trained.
+        trained: how it is loaded where it is trained as a whole.
+        extra: further trained parameters.
+    """
+    item, whole, adapters = itemsize(model), itemsize(trained), backbone.adapters
     if adapters:  # in float32, as PEFT keeps them
-        trained = 4 * adapters + item * extra
-        return Weights(adapters + extra, trained, item * backbone.size, backbone.largest, item)
-    return Weights(backbone.size + extra, item * (backbone.size + extra), 0, backbone.largest, item, True)
+        return Weights(adapters + extra, 4 * (adapters + extra), item * backbone.size, backbone.largest, item)
+    return Weights(backbone.size + extra, whole * (backbone.size + extra), 0, backbone.largest, whole, True)
 
 
 def model_states(weights: Weights, level: Level, gpus: int) -> States:

@@ -44,6 +44,8 @@ def run_experiment(config: Config) -> dict[str, Any]:
     directory = Path(config.directory)
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
+    for split in work.data:
+        _ = work.data[split]  # a bad row of the test set must not show after the training
     names = steps(config)
     readers = {stage.reads.name: reader for reader, stage in STAGES.items() if stage.reads is not None}
     with _Baseline(config, work) as baseline:
@@ -122,12 +124,16 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
     split = "test" if "test" in config.eval.splits and "test" in work.data else "validation"
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
     for name, stages in evaluated_models(work).items():
-        result = read_json(work.directory / "eval" / name / f"{split}.json")["summary"]
+        path = work.directory / "eval" / name / f"{split}.json"
+        if not path.exists():
+            continue  # a split without CoTs has nothing for stage 1
+        result = read_json(path)["summary"]
         trained = [stage.results() for stage in stages]
         summary[name] = {
             "accuracy": result["accuracy"],
             "accuracy_se": result["accuracy_se"],
             "num_examples": result["num_examples"],
+            **({"skipped": result["skipped"]} if result.get("skipped") else {}),
             "reasoning_steps_mean": result["reasoning_steps_mean"],
             "forward_passes_mean": result["forward_passes_mean"],
             "seconds_per_problem": result["seconds_per_problem"],
@@ -143,7 +149,7 @@ def _show(summary: dict[str, Any], report: Path) -> None:
     rows = [r for r in read_json(report.with_suffix(".json"))["results"] if r["split"] == summary["split"]]
     problems = f"{max(r['num_examples'] for r in rows):,} problems of the {summary['split']} split"
     title = f"{summary['name']}, seed {summary['seed']}, {problems}"
-    columns = ("model", "accuracy %", "reasoning steps", "train time", "examples seen")
+    columns = ("model", "accuracy %", "skipped", "reasoning steps", "train time", "examples seen")
     console = Console()
     console.print(result_table(rows).terminal(title, columns))
     console.print(f"total {summary['total_seconds'] / 60:.1f} min; report: {report}", soft_wrap=True)

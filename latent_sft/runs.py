@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from latent_sft.errors import ArtefactError
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 RUNNING, FINISHED = "running", "finished"
+# how long a stage trains: with another value it goes on from where it is
+_LENGTH = ("train.max_steps ", "train.epochs ", "train.stop_at_accuracy ")
 
 
 def fingerprint(*parts: Any) -> str:
@@ -86,7 +88,9 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtefactError(f"{path}: missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path}: damaged JSON ({error}); delete it to make it again.") from error
 
 
@@ -162,7 +166,8 @@ class Step:
 
     Attributes:
         directory: folder of the step.
-        inputs: everything that decides its result (settings, fingerprints of earlier artefacts), JSON-able.
+        inputs: everything that decides its result (settings, fingerprints of earlier artefacts), JSON-able; empty where
+            only the folder is known.
     """
 
     directory: Path
@@ -172,6 +177,12 @@ class Step:
     def fingerprint(self) -> str:
         """Fingerprint of the inputs."""
         return fingerprint(self.inputs)
+
+    @property
+    def outcome(self) -> str:
+        """Fingerprint for what is made from this step: of its inputs, and of how training departed from them."""
+        history = (self.manifest() or {}).get("history")
+        return fingerprint(self.inputs, history) if history else self.fingerprint
 
     @property
     def final(self) -> Path:
@@ -193,7 +204,7 @@ class Step:
         return found
 
     def is_finished(self) -> bool:
-        """Return whether the step is done with exactly these inputs.
+        """Return whether the step is done with exactly these inputs; one that is to train longer now is not.
 
         Raises:
             ArtefactError: the folder holds the same step made from other inputs; the message names them.
@@ -202,17 +213,30 @@ class Step:
         if found is None:
             return False
         if found["fingerprint"] != self.fingerprint:
-            changed = _differences(found["inputs"], json.loads(json.dumps(self.inputs, default=str)))
+            changed = self.changes(found)
+            if changed and all(line.startswith(_LENGTH) for line in changed):
+                return False
             raise ArtefactError(
                 f"{self.directory}: made by another experiment ({'; '.join(changed[:4]) or 'inputs differ'}). "
                 "Nothing was overwritten. Use another run_dir, restore the settings, or delete that folder."
             )
         return found["status"] == FINISHED
 
-    def begin(self, seed: int) -> None:
-        """Record that the step is running; call after `is_finished` returned False."""
+    def changes(self, manifest: dict[str, Any]) -> list[str]:
+        """Return which inputs differ from those of a manifest, and how."""
+        return _differences(manifest["inputs"], json.loads(json.dumps(self.inputs, default=str)))
+
+    def begin(self, seed: int, history: Sequence[dict[str, Any]] = ()) -> None:
+        """Record that the step is running; call after `is_finished` returned False.
+
+        Args:
+            seed: of the experiment.
+            history: where training departed from its plan so far: `step`, `of` how many, `fingerprint` until then.
+        """
         self.manifest()  # a damaged one is an error, not something to write over
         started = {"status": RUNNING, "fingerprint": self.fingerprint, "inputs": self.inputs, "seed": seed}
+        if history:
+            started["history"] = list(history)
         write_json(self.directory / MANIFEST, {**started, **environment(), "started": _now()})
 
     def finish(self, **results: Any) -> None:
@@ -224,14 +248,32 @@ class Step:
         """Return the manifest of a finished step.
 
         Raises:
-            ArtefactError: the step is not finished.
+            ArtefactError: the step is not finished, or was made from other inputs.
         """
         found = self.manifest()
-        if found is None or found["status"] != FINISHED:
+        if found is None or found["status"] != FINISHED or (self.inputs and not self.is_finished()):
             raise ArtefactError(
                 f"{self.directory}: not finished yet; run that step first (`latent-sft plan CONFIG` lists them)."
             )
         return found
+
+
+class GivenStep(Step):
+    """A folder of weights from elsewhere that a stage starts from: finished, and known by its content."""
+
+    @property
+    def outcome(self) -> str:
+        """Fingerprint of the weights."""
+        return self.fingerprint
+
+    @property
+    def final(self) -> Path:
+        """The folder itself."""
+        return self.directory
+
+    def results(self) -> dict[str, Any]:
+        """Return nothing: how it was made is not known."""
+        return {}
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

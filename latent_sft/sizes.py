@@ -10,10 +10,10 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from latent_sft.config.experiment import Config
-from latent_sft.data.prompts import build_spec, tokenize_record
+from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError, LatentSFTError
 from latent_sft.memory import Backbone, Shape
@@ -22,7 +22,7 @@ from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.methods import STAGES, method_of
 from latent_sft.methods.base import Setup
 from latent_sft.models.backbone import core, head_table, input_table
-from latent_sft.models.load import add_lora, load_tokenizer
+from latent_sft.models.load import add_lora, load_config, load_tokenizer, tiny_hf_config
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 SAMPLE = 256
@@ -94,6 +94,7 @@ def plan_setup(config: Config, stage: str, examples: Examples) -> Setup:
         settings=config.settings(method_of(stage).settings),
         train=config.stage(stage),
         model=config.model,
+        trained_model=config.trained_model,
         spec=spec,
         tokenizer=None,
         start="",
@@ -140,7 +141,7 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
         pad_id=0,
         vocab_size=vocab_size,
         rate=config.latent.rate,
-        top_k=config.latent.top_k,
+        top_k=config.latent.top_k or vocab_size,
     )
     row = {"id": "0", "hash": "", "prompt": [0] * prompt, "cot": [0] * cot, "answer": [0] * answer}
     # two steps, so that a method that leaves the last one out still reads nearly all of it
@@ -156,6 +157,7 @@ def read_examples(config: Config) -> Examples:
         if model.name_or_path:
             vocab_size = _hf_config(config, 0).get_text_config().vocab_size
             tokenizer = load_tokenizer(model.name_or_path, model)
+            fix_date(tokenizer, config.prompt.date)
         else:
             texts = (text for r in train for text in (r.problem, r.cot, r.cot_answer))
             tokenizer = build_tokenizer(texts, model.tiny, config.prompt)
@@ -173,20 +175,8 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
     model, tiny = config.model, config.model.tiny
     try:
         if model.name_or_path:
-            return AutoConfig.from_pretrained(
-                model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-            )
-        return AutoConfig.for_model(
-            tiny.model_type,
-            vocab_size=vocab_size,
-            hidden_size=tiny.hidden_size,
-            num_hidden_layers=tiny.num_layers,
-            num_attention_heads=tiny.num_heads,
-            num_key_value_heads=tiny.num_kv_heads,
-            intermediate_size=tiny.intermediate_size,
-            tie_word_embeddings=tiny.tie_embeddings,
-            pad_token_id=None,
-        )
+            return load_config(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return tiny_hf_config(tiny, vocab_size=vocab_size, pad_token_id=None)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name_or_path: no config.json of {model.name_or_path or tiny.model_type!r} here or on the Hub "

@@ -18,7 +18,7 @@ from latent_sft import cli
 from latent_sft.errors import ArtefactError, ConfigError, DataError, ExportError, TrainingError
 from latent_sft.methods import STAGES
 
-VERBS = ["run", "train", "label", "eval", "report", "generate", "export", "plan", "config", "env"]
+VERBS = ["run", "train", "finish", "label", "eval", "report", "generate", "export", "plan", "config", "env"]
 
 
 class Calls(list[tuple[str, tuple[Any, ...], dict[str, Any]]]):
@@ -236,6 +236,22 @@ def test_unexpected_error_is_one_line_with_a_hint(
     failing(monkeypatch, RuntimeError("shape mismatch"))
     assert cli.main(["run", experiment]) == 1
     assert capsys.readouterr().err == "error: RuntimeError: shape mismatch (add --debug for the traceback)\n"
+
+
+def test_a_path_that_cannot_be_used_is_a_mistake_of_the_user(
+    calls: Calls, experiment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, PermissionError(13, "Permission denied", "/runs/demo"))
+    assert cli.main(["run", experiment]) == 2
+    expected = "error: /runs/demo: Permission denied; expected a path that can be read and written.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_word_that_is_no_text_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "folder", os.fsdecode(b"what is \xff?")])
+    assert caught.value.code == cli.USER_ERROR
+    assert "is not UTF-8; expected text." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

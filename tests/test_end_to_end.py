@@ -167,3 +167,30 @@ def test_mistakes_give_one_message_and_status_two(tmp_path, settings, message, c
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_evaluation_reads_its_own_split_and_leaves_no_problem_out_for_its_cot(tmp_path, capsys):
+    """Six problems, of which one has a usable CoT: six are graded, and the gold path says what it lacks."""
+    good = [{"problem": f"{i} + 1", "cot": f"{i} + 1 = {i + 1}", "answer": i + 1} for i in range(30)]
+    odd = [{"cot": "1 + 7 = 8"}, {"cot": "1 " * 500}, {"cot": "1 </think> 1"}, {}, {"cot": ["1"]}, {"steps": "1"}]
+    test = [{"problem": f"{i} + 7", "answer": i + 7, **cot} for i, cot in enumerate(odd, start=1)]
+    for name, values in (("train", good), ("test", [*test, {"problem": "1 " * 200, "answer": 1}, {"problem": "p"}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    settings = [f"data.train={tmp_path}/train.jsonl", f"data.test={tmp_path}/test.jsonl", "data.validation_size=6"]
+    settings += ["data.max_cot_tokens=100", "data.max_prompt_tokens=100", "data.on_error=skip", "eval.splits=[test]"]
+    settings += ["stage1.decoder.enabled=false", "stage1.union.enabled=false", "stage2.enabled=false"]
+    words = [str(config_file(tmp_path, *settings)), "cot.enabled=false"]
+    for stage in ("no-cot", "stage1-encoder"):
+        assert main(["train", stage, *words]) == 0, capsys.readouterr().err
+    assert not (tmp_path / "run/data/test").exists(), "training reads no test set"
+    shutil.rmtree(tmp_path / "run/data/train")
+    assert main(["eval", *words]) == 0, capsys.readouterr().err
+    assert not (tmp_path / "run/data/train").exists(), "evaluation on test reads no training set"
+
+    results = {
+        model: json.loads((tmp_path / "run/eval" / model / "test.json").read_text()) for model in ("no-cot", "stage1")
+    }
+    assert [p["reference"] for p in results["no-cot"]["problems"]] == ["8", "9", "10", "11", "12", "13"]
+    assert results["no-cot"]["summary"]["skipped"] == {"bad row": 1, "too long": 1}
+    assert results["stage1"]["summary"]["num_examples"] == 1
+    assert results["stage1"]["summary"]["skipped"] == {"bad row": 1, "too long": 1, "no usable CoT": 5}

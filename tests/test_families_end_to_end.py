@@ -86,7 +86,7 @@ def walk(family: str, tied: bool, tokenizer: PreTrainedTokenizerBase, folder: Pa
     row = work.data["train"][0]
     label = store.get(row["id"], row["hash"])
     assert label.ids.shape == (len(row["segment_lengths"]), 4) and torch.isfinite(label.weights).all()
-    reloaded = load_stage1(work.step("stage1-union").final, config.model, work.spec, "auto")
+    reloaded = load_stage1(work.step("stage1-union").final, config.model, config.model, work.spec)
     assert_same_weights(reloaded, stage1)
 
     stage2 = train(work, "stage2").lm
@@ -96,12 +96,11 @@ def walk(family: str, tied: bool, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
     final = work.step("stage2").final
     out = export_checkpoint(final, folder / f"{family}-{'tied' if tied else 'untied'}")
-    plain = AutoModelForCausalLM.from_pretrained(out)
+    plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert is_tied(plain) == tied
     assert_same_weights(plain, stage2)
     prompt, decoded = prompts[0], expected[0]
-    options: dict[str, Any] = {"custom_generate": str(out), "trust_remote_code": True, "return_latents": True}
-    output = plain.generate(torch.tensor([prompt]), **options)
+    output = plain.generate(torch.tensor([prompt]), return_latents=True)
     assert output.sequences[0, len(prompt) :].tolist() == written(decoded, work.spec)
     assert output.latent_ids[0, : decoded.num_steps].tolist() == decoded.latent_ids.tolist()
 
@@ -198,7 +197,7 @@ What a `yes` stands for:
 - **stage 2**: trained on those labels; the loss falls.
 - **generate**: latents and answer by the decoding engine.
 - **export**, **reload**: the published folder loads with `AutoModelForCausalLM.from_pretrained` to the same weights,
-  tied or not as before, and plain `generate(custom_generate=FOLDER)` gives the same latents and tokens.
+  tied or not as before, and `generate` of `transformers` gives the same latents and tokens.
 
 **Attention** is what `stage1.attention=auto` chose; `tests/models/test_attention.py` compares it with the dense masks.
 **LoRA targets** are the modules that `model.lora.target_modules=all-linear` found: every linear map but the head.

@@ -25,6 +25,7 @@ from latent_sft.workspace import Workspace
 FULL = ()
 LORA = ("model.lora.rank=8",)
 SHARED = (*LORA, "stage1.share_backbone=true")
+HALVES = ("model.dtype=bfloat16",)
 ONE_PHASE = ("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
 LARGER = (
     "data.synthetic.num_train=40",
@@ -68,13 +69,13 @@ def test_model_states_of_a_training_run(stage, settings, tiny_config, monkeypatc
 
 @pytest.mark.parametrize(
     "settings",
-    [FULL, LORA, SHARED, ("model.tiny.tie_embeddings=false", "model.tiny.model_type=qwen2")],
+    [FULL, LORA, SHARED, HALVES, (*HALVES, *LORA), ("model.tiny.tie_embeddings=false", "model.tiny.model_type=qwen2")],
 )
 def test_weights_are_those_the_stages_build(settings, tiny_config):
     config = tiny_config("data.synthetic.num_train=12", *settings)
     examples = read_examples(config)
     backbone = measure(config, examples.spec.vocab_size)
-    for stage in ("no-cot", "stage1-encoder", "stage1-decoder", "stage1-union"):
+    for stage in ("no-cot", "stage1-encoder", "stage1-decoder", "stage1-union", "kava"):
         parameters = list(STAGES[stage].model(Workspace(only(config, stage)).setup(stage)).parameters())
         found = STAGES[stage].parameters(backbone, plan_setup(config, stage, examples))
         assert found.trained == sum(p.numel() for p in parameters if p.requires_grad), stage

@@ -186,12 +186,33 @@ def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
     assert "1.9 h at 5/s" in forecast(config, **options, tokens_per_second=5)
 
 
+def test_a_global_batch_takes_as_many_steps_on_any_number_of_gpus(config: Config) -> None:
+    options = {"gpu_memory": 80, "count": 1000, "example_tokens": (10, 20, 2)}
+    config = replace(config, cot=TrainConfig(batch_size=5, global_batch_size=20))
+    assert all("cot: 0.5 M trained, 0.00 GiB of weights; 50 steps" in forecast(config, n, **options) for n in (1, 4))
+    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 20, expected a multiple of 15 .*processes=3"):
+        forecast(config, 3, **options)
+
+
 def test_the_smallest_level_that_fits_is_recommended(config: Config) -> None:
     options = {"count": 1000, "example_tokens": (10, 20, 2)}
     assert "launch.zero=0 (as configured)" in forecast(config, 2, 80, **options)
     assert "no level fits every stage: use gradient_checkpointing=true" in forecast(config, 2, 0.0001, **options)
     marked = [line for line in forecast(config, 2, 80, **options).splitlines() if line.endswith("*") or "* " in line]
     assert len(marked) == 1 + 6 * 8  # the legend, and every level of six stages
+
+
+def test_a_whole_model_in_16_bit_counts_its_float32_weights(config: Config) -> None:
+    """16 bytes a parameter without ZeRO, as in float32, and products in 16 bit; of float16 there is no other level."""
+    options = {"count": 1000, "example_tokens": (10, 20, 2)}
+    off = {"no_cot": OFF, "stage1": Stage1Config(encoder=OFF, decoder=OFF, union=OFF), "stage2": OFF}
+    found = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        text = forecast(replace(config, model=replace(config.model, dtype=dtype), **off), 1, 0.01, **options)
+        found[dtype] = [line.split()[3:4] for line in text.splitlines() if re.match(r"# +\d  ", line)]
+        assert f"{({'float32': 'no', 'bfloat16': 'bf16', 'float16': 'fp16'})[dtype]} mixed precision" in text
+    assert found["float32"][0] == found["bfloat16"][0] == found["float16"][0]
+    assert [len(rows) for rows in found.values()] == [8, 8, 1]
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,16 @@ class _Experiment(CommonConfig):
         for name, stage in STAGES.items():
             train = self.stage(name)
             train.check(stage.section)
-            fp16 = self.launch.zero and train.mixed_precision == "fp16"
-            need(not fp16, f"{stage.section}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
+            mixed, halves = train.mixed_precision, self.model.dtype == "float16"
+            fits = not halves or mixed != "bf16"
+            need(fits, f"{stage.section}.mixed_precision", mixed, "fp16, as model.dtype=float16")
+            fits = not self.launch.zero or mixed != "fp16"
+            need(fits, f"{stage.section}.mixed_precision", mixed, "bf16 or no, where launch.zero > 0")
         for method in METHODS:
             settings = self.settings(method.settings)
             method.check(settings, self.model, [name for name in STAGES if self.stage(name).enabled])
             for stage in method.stages:
-                if self.stage(stage.name).enabled:
+                if self.stage(stage.name).enabled and not self.stage(stage.name).start_from:
                     self._check_source(method.settings, stage.source(settings))
 
     def _check_source(self, section: str, source: str | None) -> None:
@@ -37,6 +40,13 @@ class _Experiment(CommonConfig):
     def stage(self, name: str) -> TrainConfig:
         """Return the training settings of a stage by its command-line name."""
         return attrgetter(STAGES[name].section)(self)
+
+    def precision(self, stage: str) -> str:
+        """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""
+        said, dtype = self.stage(stage).mixed_precision, self.model.dtype
+        if said == "no" and dtype == "float16":
+            return "fp16"  # for its scaler: gradients of float16 end at 6e-8
+        return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
 
     def settings(self, section: str) -> Any:
         """Return a method's own section, None where it has none."""

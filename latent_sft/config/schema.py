@@ -7,7 +7,8 @@ later, by `LatentSpec`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
 from typing import Literal
 
 from latent_sft.config.training import need
@@ -26,7 +27,7 @@ class FieldsConfig:
     cot_answer: str = "cot_answer"
     """Text the model writes after `</think>`; where a row lacks it, `answer` is written."""
     answer: str = "answer"
-    """Reference answer for grading."""
+    """Reference answer for grading; where a row lacks it, the answer in `cot_answer` (its last \\boxed{}, else all)."""
     steps: str = "steps"
     """Optional list of CoT steps; the CoT is split at line breaks where a row lacks it."""
 
@@ -79,32 +80,47 @@ class DataConfig:
     format: Literal["records", "gsm8k", "icot", "coconut"] = "records"
     """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; icot: problem||steps ####
     answer lines; coconut: JSON list with question/steps/answer."""
+    validation_format: str = ""
+    """Format of the validation source where it differs (empty: as `format`)."""
     test_format: str = ""
     """Format of the test source where it differs (empty: as `format`)."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
+    validation_fields: dict[str, str] = field(default_factory=dict)
+    """Those names of `fields` that differ in the validation source: `{cot: solution}`."""
+    test_fields: dict[str, str] = field(default_factory=dict)
+    """Those names of `fields` that differ in the test source."""
     cot_style: Literal["text", "equations"] = "text"
     """gsm8k format: `equations` keeps only the <<...>> steps (GSM8K-Aug style), `text` drops the annotations."""
     on_error: Literal["raise", "skip"] = "raise"
-    """skip counts and lists the bad rows in `data/skipped.jsonl` of the run directory."""
+    """skip counts and lists the bad rows in `data/<split>/skipped.jsonl` of the run directory; evaluation shows the
+    count beside the accuracy."""
     validation_size: int = 500
     split_seed: int = 0
     limit_train: int = 0
-    """Use only the first rows; 0 uses all."""
+    """Use only the first rows; 0 uses all. The rest of the file is not read, unless validation is split off it."""
+    limit_validation: int = 0
     limit_test: int = 0
+    step_separator: str = "\n"
+    """Where a chain of thought is cut into steps, in rows that do not list them (fields.steps); it stays with the step
+    before it. At line breaks, a text of nothing but <<...>> equations is cut into these."""
     max_prompt_tokens: int = 1024
     max_cot_tokens: int = 4096
-    """Longer rows are errors (or skipped with on_error=skip), never cut silently."""
+    """Longer rows are errors (or skipped with on_error=skip), never cut silently. A row of validation or test is not
+    left out for its reference CoT: it is evaluated without it."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
-        need(
-            self.test_format in ("", "records", "gsm8k", "icot", "coconut"),
-            "data.test_format",
-            self.test_format,
-            "empty, records, gsm8k, icot or coconut",
-        )
+        names = [f.name for f in fields(FieldsConfig)]
+        for split in ("validation", "test"):
+            form, other = f"{split}_format", f"{split}_fields"
+            known = getattr(self, form) in ("", "records", "gsm8k", "icot", "coconut")
+            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, icot or coconut")
+            need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
         need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
+        need(bool(self.step_separator), "data.step_separator", self.step_separator, "a text such as a line break or ;")
+        for key in ("limit_train", "limit_validation", "limit_test"):
+            need(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "an integer >= 0 (0: all rows)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +135,15 @@ class PromptConfig:
     think: str = "<think>"
     end_think: str = "</think>"
     """May be several ordinary tokens or one reserved token of the tokenizer."""
+    date: str = "2024-07-26"
+    """What a chat template that asks for today's date (Llama 3) is told, so that no prompt depends on the day; that
+    template's own default. Exported models keep it."""
+
+    def __post_init__(self) -> None:
+        try:
+            date.fromisoformat(self.date)
+        except ValueError:
+            need(False, "prompt.date", self.date, "a day, as 2024-07-26")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +151,7 @@ class TinyModelConfig:
     """A small model built from scratch with its own word-level tokenizer, for CPU runs."""
 
     model_type: str = "llama"
-    """Any causal decoder type of transformers that takes these sizes."""
+    """Any causal decoder type of transformers; a size that it does not have is refused. Without dropout."""
     hidden_size: int = 64
     num_layers: int = 4
     num_heads: int = 4
@@ -158,13 +183,16 @@ class LoraConfig:
     """Adapters; rank 0 is full fine-tuning."""
 
     rank: int = 0
-    alpha: float = 128.0
+    alpha: float = 0.0
+    """Adapters count `alpha / rank` times; 0 is twice the rank."""
     dropout: float = 0.0
     target_modules: str = "all-linear"
     """`all-linear` or comma-separated module names."""
 
     def __post_init__(self) -> None:
         need(self.rank >= 0, "model.lora.rank", self.rank, "0 (full fine-tuning) or a rank")
+        need(self.alpha >= 0, "model.lora.alpha", self.alpha, "0 (twice the rank) or a number > 0")
+        object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # so that both ways to say it are the same run
         need(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "0 <= dropout < 1")
 
 
@@ -177,7 +205,9 @@ class ModelConfig:
     revision: str = "main"
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights in memory while training."""
+    """Of frozen weights and of matrix products. What is trained is float32: adapters, and with `lora.rank=0` the whole
+    model, under mixed precision of this type (with ZeRO the weights are bfloat16, with float32 copies in its
+    optimizer)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     tiny: TinyModelConfig = field(default_factory=TinyModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -190,6 +220,8 @@ class LatentConfig:
     rate: int = 2
     segmentation: Literal["fixed", "step"] = "fixed"
     top_k: int = 10
+    """Entries of the vocabulary that a latent mixes; 0 all of them, as the paper defines it. A stored label then takes
+    6 bytes times the vocabulary a latent (`labels.dtype=float16`)."""
     projection: Literal["input", "head"] = "input"
     exclude_end: bool = True
     temperature: float = 1.0
@@ -205,7 +237,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         need(self.rate >= 1, "latent.rate", self.rate, "an integer >= 1 (CoT tokens per latent)")
-        need(self.top_k >= 1, "latent.top_k", self.top_k, "an integer >= 1")
+        need(self.top_k >= 0, "latent.top_k", self.top_k, "0 (the whole vocabulary) or an integer >= 1")
         need(self.temperature > 0, "latent.temperature", self.temperature, "a number > 0")
         need(self.noise_scale >= 0, "latent.noise_scale", self.noise_scale, "a number >= 0")
         need(self.noise_temperature > 0, "latent.noise_temperature", self.noise_temperature, "a number > 0")
@@ -231,18 +263,21 @@ class EvalConfig:
     """Problems per split; 0 evaluates all."""
     splits: tuple[str, ...] = ("validation", "test")
     grader: Literal["auto", "numeric", "math", "text"] = "auto"
-    """numeric: equal numbers; math: math-verify; text: equal after normalising space and case; auto: the first that
-    can read the reference."""
+    """numeric: equal numbers; math: math-verify; text: equal after normalising space, case and LaTeX text; auto: the
+    first that can read the reference. Numbers that only space separates, `7 8 0 3`, are a text to all of them."""
     max_cot_tokens: int = 512
     """Explicit thinking is ended after this many tokens."""
     sample: bool = False
+    """Answers (and a written CoT) are sampled, with `temperature` and `top_p`."""
     temperature: float = 0.6
     top_p: float = 0.95
+    latent_noise: bool = False
+    """With `sample`: latents get the Gumbel noise of latent.noise_scale too (published evaluation: no)."""
     num_samples: int = 1
     """Samples per problem, for pass@k."""
     seed: int = 0
     heatmap_problems: int = 4
-    """Problems whose latents are drawn in the report."""
+    """Problems whose latents are drawn in the report, of evaluations done from now on."""
     interventions: tuple[str, ...] = ("zero", "mean", "shuffle", "truncate")
     """Is the reasoning used? The answer is decoded again after all latents (or written tokens) of a problem are set to
     zero, to their mean over problems, exchanged for another problem's, or cut to their first half. Empty: not done."""
@@ -252,6 +287,7 @@ class EvalConfig:
         need(self.max_cot_tokens >= 1, "eval.max_cot_tokens", self.max_cot_tokens, "an integer >= 1")
         need(self.num_samples >= 1, "eval.num_samples", self.num_samples, "an integer >= 1")
         need(self.num_samples == 1 or self.sample, "eval.num_samples", self.num_samples, "1, or eval.sample=true")
+        need(self.sample or not self.latent_noise, "eval.latent_noise", True, "false, or eval.sample=true")
         need(0 < self.top_p <= 1, "eval.top_p", self.top_p, "0 < top_p <= 1")
         bad = [s for s in self.splits if s not in ("validation", "test")]
         need(not bad, "eval.splits", bad, "validation and/or test")
@@ -350,8 +386,16 @@ class CommonConfig:
         need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
+        silent = self.eval.latent_noise and not self.latent.noise_scale
+        need(not silent, "eval.latent_noise", True, "false, or latent.noise_scale > 0")
 
     @property
     def directory(self) -> str:
         """Run directory: `run_dir`, or `runs/<name>`."""
         return self.run_dir or f"runs/{self.name}"
+
+    @property
+    def trained_model(self) -> ModelConfig:
+        """`model` as a stage loads what it trains: all weights in float32, unless ZeRO or adapters see to that."""
+        copied = self.model.lora.rank or self.launch.zero
+        return self.model if copied else replace(self.model, dtype="float32")

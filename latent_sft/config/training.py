@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from latent_sft.errors import ConfigError
@@ -19,6 +19,11 @@ class TrainConfig:
     """How one stage is trained."""
 
     enabled: bool = True
+    start_from: str = ""
+    """Folder of weights to start from instead of what the stage would start from: a finished stage of another run
+    (RUN/STAGE), an export, or any folder of transformers with the sizes and the tokenizer of `model`. Known by its
+    content, not by its path. A phase of stage 1 takes encoder, decoder and marker from a folder of stage 1; a stage
+    that trains one model takes its decoder."""
     max_steps: int = 0
     """Optimizer steps; 0 trains `epochs`."""
     epochs: float = 1.0
@@ -28,6 +33,10 @@ class TrainConfig:
     """Instead of `batch_size`: positions per device and micro-batch, rows times the longest with padding, so that short
     examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence counts."""
     accumulation: int = 1
+    """Micro-batches of a process in an optimizer step."""
+    global_batch_size: int = 0
+    """Examples of an optimizer step, all processes together; `accumulation` is then what `batch_size` and the number of
+    processes leave. 0: `batch_size` x `accumulation` x processes, so that more processes make larger steps."""
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
@@ -36,6 +45,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     beta2: float = 0.999
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 never."""
     normalisation: Literal["token", "segment", "sample"] = "token"
     """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
     then over examples (paper); sample: mean over examples of per-example token means."""
@@ -54,9 +64,25 @@ class TrainConfig:
     """Steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation."""
     save_total_limit: int = 2
     """Newest checkpoints that stay, the best one among them."""
+    keep_checkpoint: bool = True
+    """Keep the last checkpoint of a finished stage (and the best one), so that it can go on with more steps: weights
+    and optimizer, with AdamW three times the trained parameters in float32. false deletes them."""
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
+
+    def shared(self, section: str, processes: int) -> TrainConfig:
+        """Return the settings with the accumulation that `global_batch_size`, where it is given, means for a job.
+
+        Raises:
+            ConfigError: this number of processes cannot share that batch.
+        """
+        if not self.global_batch_size:
+            return self
+        at_once = self.batch_size * processes
+        how = f"a multiple of {at_once} (batch_size={self.batch_size} x processes={processes}); change one of the three"
+        need(self.global_batch_size % at_once == 0, f"{section}.global_batch_size", self.global_batch_size, how)
+        return replace(self, accumulation=self.global_batch_size // at_once)
 
     def check(self, section: str) -> None:
         """Raise a ConfigError for a value out of range; `section` is where these settings stand, such as `stage2`."""
@@ -65,6 +91,13 @@ class TrainConfig:
         need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
         need(self.max_tokens >= 0, f"{section}.max_tokens", self.max_tokens, "0 (count examples) or a number of tokens")
         need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
+        step = self.global_batch_size
+        need(step >= 0, f"{section}.global_batch_size", step, "0 or a number of examples")
+        need(
+            not (step and self.max_tokens), f"{section}.global_batch_size", step, "0, where max_tokens counts positions"
+        )
+        made = self.accumulation == 1 or not step
+        need(made, f"{section}.accumulation", self.accumulation, f"1, or global_batch_size=0: {step} decides it")
         need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
         need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
         need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 from latent_sft.config.schema import FieldsConfig
 from latent_sft.errors import DataError, did_you_mean
+from latent_sft.evaluation.answers import extract_answer
 
 EQUATION = re.compile(r"<<[^<>]*>>")
 _ONLY_EQUATIONS = re.compile(r"(?:<<[^<>]*>>\s*)+")
@@ -43,13 +45,15 @@ class RowFormat:
         name: `records`, `gsm8k`, `icot` or `coconut`.
         fields: field names of the `records` format.
         equations: of a `gsm8k` rationale keep only the `<<...>>` steps (GSM8K-Aug style).
-        need_cot: an empty chain of thought is an error; evaluation needs problem and answer only.
+        need_cot: an empty or unusable chain of thought is an error; evaluation needs problem and answer only.
+        step_separator: where a chain of thought is cut into steps, if the row does not list them.
     """
 
     name: str
     fields: FieldsConfig
     equations: bool = False
     need_cot: bool = True
+    step_separator: str = "\n"
 
 
 def parse_row(value: Any, row_format: RowFormat, *, default_id: str) -> Record:
@@ -67,35 +71,52 @@ def parse_row(value: Any, row_format: RowFormat, *, default_id: str) -> Record:
     return parse(value, row_format, default_id)
 
 
-def split_steps(cot: str) -> tuple[str, ...]:
-    """Return the steps of a chain of thought: its `<<...>>` equations where it is nothing else, else its lines.
+def split_steps(cot: str, separator: str = "\n") -> tuple[str, ...]:
+    """Return the steps of a chain of thought, each with the separator behind it, so that they are the whole text.
+
+    Space around a step is left out. Where lines are asked for and the text is nothing but `<<...>>` equations, these
+    are the steps.
 
     >>> split_steps("<<16-3=13>> <<13*2=26>>")
     ('<<16-3=13>>', '<<13*2=26>>')
+    >>> split_steps("16-3=13; 13*2=26", ";")
+    ('16-3=13;', '13*2=26')
     """
-    if _ONLY_EQUATIONS.fullmatch(cot):
+    if separator == "\n" and _ONLY_EQUATIONS.fullmatch(cot):
         return tuple(EQUATION.findall(cot))
-    return tuple(line.strip() for line in cot.splitlines() if line.strip())
+    parts = cot.splitlines(keepends=True) if separator == "\n" else cot.split(separator)
+    if separator != "\n":
+        parts = [*(part + separator for part in parts[:-1]), parts[-1]]
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:
     row, names = _object(value), row_format.fields
-    steps = _steps(row, names.steps) if row.get(names.steps) else ()
-    if steps and row.get(names.cot) is None:
-        cot = "\n".join(steps)
-    elif row_format.need_cot or row.get(names.cot) is not None:
-        cot = _text(row, names.cot, required=row_format.need_cot)
-    else:
-        cot = ""
-    answer = _text(row, names.answer, number=True)
+    cot, steps = _reasoning(row, names.cot, names.steps, row_format)
+    written = _text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else None
+    # published rows have one text for both: what the model writes, with the answer to grade in a box
+    answer = extract_answer(written or "") if row.get(names.answer) is None else ""
+    answer = answer or _text(row, names.answer, number=True)
     return Record(
         id=_text(row, names.id, number=True) if row.get(names.id) is not None else default_id,
         problem=_text(row, names.problem),
         cot=cot,
-        cot_answer=_text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else answer,
+        cot_answer=answer if written is None else written,
         answer=answer,
-        steps=steps or split_steps(cot),
+        steps=steps,
     )
+
+
+def _reasoning(row: dict[str, Any], cot: str | None, steps: str, row_format: RowFormat) -> tuple[str, tuple[str, ...]]:
+    """Return text and steps of the fields `cot` (None: steps only) and `steps`; nothing where none is needed."""
+    try:
+        listed = _steps(row, steps) if cot is None or row.get(steps) else ()
+        text = "\n".join(listed) if cot is None or (listed and row.get(cot) is None) else _text(row, cot)
+    except DataError:
+        if row_format.need_cot:
+            raise
+        return "", ()
+    return text, listed or split_steps(text, row_format.step_separator)
 
 
 def _gsm8k(value: Any, row_format: RowFormat, default_id: str) -> Record:
@@ -123,12 +144,12 @@ def _icot(value: Any, row_format: RowFormat, default_id: str) -> Record:
 
 def _coconut(value: Any, row_format: RowFormat, default_id: str) -> Record:
     row = _object(value)
-    steps = _steps(row, "steps") if row_format.need_cot or row.get("steps") else ()
+    cot, steps = _reasoning(row, None, "steps", row_format)
     answer = _number(_text(row, "answer", number=True))
     return Record(
         id=default_id,
         problem=_text(row, "question"),
-        cot="\n".join(steps),
+        cot=cot,
         cot_answer=answer,
         answer=answer,
         steps=steps,
@@ -143,7 +164,8 @@ def _record(
         raise DataError(f"field {field!r}: empty chain of thought ({what}); expected at least one step.")
     if not answer:
         raise DataError("field 'answer': empty; expected an answer after '####'.")
-    return Record(id=row_id, problem=problem.strip(), cot=cot, cot_answer=answer, answer=answer, steps=split_steps(cot))
+    steps = split_steps(cot, row_format.step_separator)
+    return Record(id=row_id, problem=problem.strip(), cot=cot, cot_answer=answer, answer=answer, steps=steps)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -157,10 +179,11 @@ def _text(row: dict[str, Any], field: str, *, required: bool = True, number: boo
     if field not in row:
         raise DataError(f"field {field!r}: missing; expected {expected}.{did_you_mean(field, row)}")
     value = row[field]
-    if number and isinstance(value, int | float) and not isinstance(value, bool):
+    # neither NaN nor infinity minus itself is 0
+    if number and isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0:
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"field {field!r}: got {type(value).__name__} {value!r:.60}; expected {expected}.")
+        raise DataError(f"field {field!r}: got {type(value).__name__} {reprlib.repr(value)}; expected {expected}.")
     if required and not value.strip():
         raise DataError(f"field {field!r}: empty; expected {expected}.")
     return value.strip()
@@ -171,7 +194,7 @@ def _steps(row: dict[str, Any], field: str) -> tuple[str, ...]:
         raise DataError(f"field {field!r}: missing; expected a list of texts.{did_you_mean(field, row)}")
     value = row[field]
     if not isinstance(value, list) or not all(isinstance(step, str) for step in value):
-        raise DataError(f"field {field!r}: got {type(value).__name__} {value!r:.60}; expected a list of texts.")
+        raise DataError(f"field {field!r}: got {type(value).__name__} {reprlib.repr(value)}; expected a list of texts.")
     if not value or not all(step.strip() for step in value):
         raise DataError(f"field {field!r}: empty list or empty step; expected a list of non-empty texts.")
     return tuple(step.strip() for step in value)

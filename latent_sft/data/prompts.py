@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,8 @@ from latent_sft.method.types import LatentSpec
 
 PLAIN_TEMPLATE = "{problem}\n"
 CHAT = "chat"
+_CONTROL = re.compile(r"<\|\w+\|>")
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 
 def build_spec(
@@ -48,6 +51,12 @@ def build_spec(
     template = prompt.template
     if template == "auto":
         template = CHAT if tokenizer.chat_template else PLAIN_TEMPLATE
+    foreign = [text for text in _CONTROL.findall(template) if text not in tokenizer.get_added_vocab()]
+    if foreign:
+        raise ConfigError(
+            f"prompt.template: has {foreign[0]!r}, which is no token of this model; expected the control tokens of its "
+            "own turns. Set prompt.template=chat to write turns as its chat template does."
+        )
     if template == CHAT and not tokenizer.chat_template:
         raise ConfigError(
             "prompt.template: got 'chat', expected 'auto' or a text: this tokenizer has no chat template."
@@ -67,13 +76,42 @@ def build_spec(
         prompt_template=template,
         system_prompt=prompt.system,
         system_placement=prompt.system_placement,
-        **dataclasses.asdict(latent),
+        **{**dataclasses.asdict(latent), "top_k": latent.top_k or vocab_size},
     )
     for name, token_id in (("eos", spec.eos_id), ("pad", spec.pad_id)):
         if token_id >= vocab_size:
             raise ConfigError(f"model: {name} token {token_id} has no row in the embedding table of {vocab_size}.")
     render_prompt(tokenizer, spec, "problem")  # shows here, not at the first row, that a template refuses a system turn
     return spec
+
+
+def fix_date(tokenizer: PreTrainedTokenizerBase, day: str) -> None:
+    """Write a day into the chat template wherever it asks for today's date, so that no prompt depends on the day.
+
+    The tokenizer keeps it, and so do its fingerprint, its saved copies and whatever is exported with them.
+
+    Args:
+        tokenizer: its `chat_template` is replaced.
+        day: as `2024-07-26`.
+
+    Raises:
+        ConfigError: the template computes the format of its date.
+    """
+
+    def dated(template: str) -> str:
+        fixed = _TODAY.sub(lambda call: repr(date.fromisoformat(day).strftime(call["format"])), template)
+        if left := re.search(r"strftime_now\s*\(.*", fixed):
+            raise ConfigError(
+                f"prompt.template: the chat template asks for today's date by {left[0]!r:.60}; expected strftime_now "
+                "with a plain text, which prompt.date can replace. Give prompt.template as a text."
+            )
+        return fixed
+
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # several by name, for example one for tools
+        tokenizer.chat_template = {name: dated(template) for name, template in templates.items()}
+    elif templates:
+        tokenizer.chat_template = dated(templates)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, problem: str) -> list[int]:
@@ -126,9 +164,13 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
         DataError: the chain of thought holds the closing delimiter, or its steps are not parts of it in order.
     """
     cot_text, answer_text = record.cot.strip(), record.cot_answer.strip() or record.answer.strip()
+    # chains of reasoning models come with the delimiters around them, which stand here in any case
+    opening, closing = (tokenizer.decode(ids).strip() for ids in (spec.think_ids, spec.end_think_ids))
+    bare = cot_text.removeprefix(opening).removesuffix(closing).strip()
+    if bare and bare != cot_text:
+        cot_text, record = bare, dataclasses.replace(record, cot=bare, steps=split_steps(bare))
     cut = _unused_character(cot_text)
     cot, ends = _encode(tokenizer, _cut(cot_text, _reserved(tokenizer, spec), cut), cut)
-    closing = tokenizer.decode(spec.end_think_ids).strip()
     if (closing and closing in cot_text) or _contains(cot, spec.end_think_ids):
         raise DataError(
             f"row {record.id!r}: field 'cot': contains the closing delimiter {closing!r}; expected a chain of thought "
@@ -230,8 +272,8 @@ def _cut(text: str, reserved: re.Pattern[str] | None, cut: str) -> str:
 
 
 def _unused_character(text: str) -> str:
-    # of the private use area, which carries no meaning in any text
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+    # of the private use area, which carries no meaning in any text; beyond it where a text holds all of that
+    return next(chr(code) for code in range(0xE000, 0x110000) if chr(code) not in text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, cut: str) -> tuple[list[int], list[int]]:

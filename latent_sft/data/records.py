@@ -2,132 +2,148 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from itertools import islice
 
-from latent_sft.config.schema import DataConfig, SyntheticConfig
+from latent_sft.config.schema import DataConfig
 from latent_sft.data.formats import Record, RowFormat, parse_row
 from latent_sft.data.readers import RawRow, read_rows, source_fingerprint
 from latent_sft.data.synthetic import generate
 from latent_sft.errors import ConfigError, DataError
-from latent_sft.runs import fingerprint, write_atomically
+from latent_sft.runs import fingerprint
 
-__all__ = ["Record", "Splits", "content_hash", "load_splits"]
+__all__ = ["Record", "Splits", "load_splits", "normalised"]
 
 SYNTHETIC = "synthetic"
+READING = 1  # raise it when the same source gives other rows than before
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The data of an experiment.
+    """The data of an experiment. A split is read, every row validated, when it is first asked for.
+
+    A row of train needs a chain of thought; validation and test rows need only problem and answer. Where no validation
+    source is given, whole problems are held out of train (`validation_size`, `split_seed`), before `limit_train`, so
+    that experiments with other limits validate on the same problems; train is then read to its end, else as far as
+    its limit.
 
     Attributes:
-        train: rows to learn from, each with a chain of thought.
-        validation: rows to choose checkpoints on.
-        test: rows to report on; may be empty.
-        num_skipped: bad rows left out (`data.on_error=skip`).
-        validation_from_train: whether validation was split off train, for want of a source.
-        sources: what each split was made from (SHA-256 of a file, or a description) and a hash of its rows as read,
-            which also changes with the format, the limits and the split.
+        sources: by split (those there are) what it is made from: SHA-256 of the file, or a description, and how its
+            rows are read. No row is read for it.
+        validation_from_train: whether validation is split off train, for want of a source.
+        skipped: by split, as far as they have been read, the bad rows left out (`data.on_error=skip`): `file`, `line`,
+            `reason`.
     """
 
-    train: list[Record]
-    validation: list[Record]
-    test: list[Record]
-    num_skipped: int
-    validation_from_train: bool
-    sources: dict[str, str]
+    def __init__(self, config: DataConfig) -> None:
+        if config.test == SYNTHETIC != config.train:
+            raise ConfigError(
+                f"data.test: got 'synthetic' while data.train is {config.train!r}; expected a source of the same task. "
+                "Give one, or `data.test=` for none."
+            )
+        self._config = config
+        validation = config.validation or (SYNTHETIC if config.train == SYNTHETIC else "")
+        self._given = {"train": config.train, "validation": validation, "test": config.test}
+        self.validation_from_train = not validation
+        self.skipped: dict[str, list[dict[str, str | int]]] = {}
+        self._limits = {
+            "train": config.limit_train,
+            "validation": config.limit_validation,
+            "test": config.limit_test,
+        }
+        described = {split: self._describe(split, source) for split, source in self._given.items() if source}
+        if self.validation_from_train:
+            held_out = f"{config.validation_size} problems, split_seed {config.split_seed}"
+            described["validation"] = f"{held_out}, of {described['train']}"
+            described["train"] += f", without {held_out}"
+        self.sources = {
+            split: text + (f", the first {limit}" if (limit := self._limits[split]) else "")
+            for split, text in described.items()
+        }
+
+    @cached_property
+    def train(self) -> list[Record]:
+        """Rows to learn from, each with a chain of thought."""
+        return self._train_and_held_out[0][: self._limits["train"] or None]
+
+    @cached_property
+    def validation(self) -> list[Record]:
+        """Rows to choose checkpoints on."""
+        if not self.validation_from_train:
+            return self._read("validation", self._limits["validation"])
+        return self._train_and_held_out[1][: self._limits["validation"] or None]
+
+    @cached_property
+    def test(self) -> list[Record]:
+        """Rows to report on; may be empty."""
+        return self._read("test", self._limits["test"]) if self._given["test"] else []
+
+    @cached_property
+    def _train_and_held_out(self) -> tuple[list[Record], list[Record]]:
+        if not self.validation_from_train:
+            return self._read("train", self._limits["train"]), []
+        return _hold_out(self._read("train", 0), self._config)
+
+    @cached_property
+    def _generated(self) -> dict[str, list[Record]]:
+        return generate(self._config.synthetic)
+
+    def _read(self, split: str, limit: int) -> list[Record]:
+        source = self._given[split]
+        if source == SYNTHETIC:
+            return self._generated[split][: limit or None]
+        skipped = self.skipped[split] = []
+        records = list(islice(self._records(split, skipped), limit or None))
+        if not records:
+            first = f" The first of {len(skipped)} bad ones: {skipped[0]['reason']}" if skipped else ""
+            raise DataError(f"{source}: no usable rows; expected at least one for {split}.{first}")
+        return records
+
+    def _records(self, split: str, skipped: list[dict[str, str | int]]) -> Iterator[Record]:
+        row_format, first_seen = self._row_format(split), {}
+        for row in read_rows(self._given[split]):
+            try:
+                record = _parse(row, row_format, split, first_seen)
+            except DataError as error:
+                if self._config.on_error == "raise":
+                    raise DataError(
+                        f"{row.where}: {error} Fix it, or leave such rows out: data.on_error=skip."
+                    ) from error
+                skipped.append({"file": row.file, "line": row.line, "reason": str(error)})
+                continue
+            yield record
+
+    def _row_format(self, split: str) -> RowFormat:
+        config = self._config
+        other_names = {} if split == "train" else getattr(config, f"{split}_fields")
+        return RowFormat(
+            name=("" if split == "train" else getattr(config, f"{split}_format")) or config.format,
+            fields=dataclasses.replace(config.fields, **other_names),
+            equations=config.cot_style == "equations",
+            need_cot=split == "train",
+            step_separator=config.step_separator,
+        )
+
+    def _describe(self, split: str, source: str) -> str:
+        if source == SYNTHETIC:
+            return f"{SYNTHETIC} {self._config.synthetic.task} {fingerprint(READING, self._config.synthetic)}"
+        return f"{source_fingerprint(source)}; rows {fingerprint(READING, self._row_format(split))}"
 
 
-def load_splits(config: DataConfig, *, skipped_to: Path | None = None) -> Splits:
-    """Read and validate all splits.
-
-    A row of train needs a chain of thought; validation and test rows need only problem and answer. Where no
-    validation source is given, whole problems are held out of train (`validation_size`, `split_seed`), before
-    `limit_train`, so that experiments with other limits validate on the same problems. Problems of train that occur
-    in an evaluation split are counted in a warning.
-
-    Args:
-        config: sources, formats and limits.
-        skipped_to: JSONL file for the rows left out with `on_error=skip`, each with file, line and reason.
+def load_splits(config: DataConfig) -> Splits:
+    """Return the splits of a configuration; their rows are read when they are first asked for.
 
     Raises:
-        DataError: a bad row (`file:line: field ...`) with `on_error=raise`, a damaged source, a split without rows.
+        DataError: a source is missing or cannot be read; later, a bad row (`file:line: field ...`) with
+            `on_error=raise`, a damaged source, a split without rows.
         ConfigError: sources that do not fit together.
     """
-    if config.test == SYNTHETIC != config.train:
-        raise ConfigError(
-            f"data.test: got 'synthetic' while data.train is {config.train!r}; expected a source of the same task. "
-            "Give one, or `data.test=` for none."
-        )
-    sources = {"train": config.train, "validation": config.validation, "test": config.test}
-    if config.train == SYNTHETIC and not config.validation:
-        sources["validation"] = SYNTHETIC
-    generated = generate(config.synthetic) if SYNTHETIC in sources.values() else {}
-    skipped: list[dict[str, str | int]] = []
-    loaded: dict[str, list[Record]] = {}
-    for split, source in sources.items():
-        if source == SYNTHETIC:
-            loaded[split] = generated[split]
-        elif source:
-            loaded[split] = list(_load(source, split, config, skipped))
-            if not loaded[split]:
-                raise DataError(f"{source}: no usable rows; expected at least one for {split}.")
-        else:
-            loaded[split] = []
-    _report_skipped(skipped, skipped_to)
-
-    described = {split: _describe(source, config.synthetic) for split, source in sources.items() if source}
-    from_train = not sources["validation"]
-    if from_train:
-        loaded["train"], loaded["validation"] = _hold_out(loaded["train"], config)
-        described["validation"] = f"{config.validation_size} problems of train, split_seed {config.split_seed}"
-    loaded["train"] = loaded["train"][: config.limit_train or None]
-    loaded["test"] = loaded["test"][: config.limit_test or None]
-    for split in ("validation", "test"):
-        _warn_of_overlap(loaded["train"], loaded[split], split)
-    return Splits(
-        train=loaded["train"],
-        validation=loaded["validation"],
-        test=loaded["test"],
-        num_skipped=len(skipped),
-        validation_from_train=from_train,
-        sources={split: f"{text}; rows {content_hash(loaded[split])}" for split, text in described.items()},
-    )
-
-
-def content_hash(records: list[Record]) -> str:
-    """Return 16 hex digits over every text of the records, in order."""
-    digest = hashlib.sha256()
-    for r in records:
-        digest.update(json.dumps([r.id, r.problem, r.cot, r.cot_answer, r.answer, r.steps]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _load(source: str, split: str, config: DataConfig, skipped: list[dict[str, str | int]]) -> Iterator[Record]:
-    row_format = RowFormat(
-        name=(config.test_format if split == "test" else "") or config.format,
-        fields=config.fields,
-        equations=config.cot_style == "equations",
-        need_cot=split == "train",
-    )
-    first_seen: dict[str, int] = {}
-    for row in read_rows(source):
-        try:
-            record = _parse(row, row_format, split, first_seen)
-        except DataError as error:
-            if config.on_error == "raise":
-                raise DataError(f"{row.where}: {error} Fix it, or leave such rows out: data.on_error=skip.") from error
-            skipped.append({"file": row.file, "line": row.line, "reason": str(error)})
-            continue
-        yield record
+    return Splits(config)
 
 
 def _parse(row: RawRow, row_format: RowFormat, split: str, first_seen: dict[str, int]) -> Record:
@@ -145,7 +161,7 @@ def _hold_out(train: list[Record], config: DataConfig) -> tuple[list[Record], li
     # whole problems: a second chain for a held-out problem must not stay in train
     first_row: dict[str, Record] = {}
     for record in train:
-        first_row.setdefault(_normalised(record.problem), record)
+        first_row.setdefault(normalised(record.problem), record)
     if config.validation_size >= len(first_row):
         raise ConfigError(
             f"data.validation_size: got {config.validation_size}, but train has {len(first_row)} different problems; "
@@ -153,7 +169,7 @@ def _hold_out(train: list[Record], config: DataConfig) -> tuple[list[Record], li
         )
     chosen = set(random.Random(config.split_seed).sample(list(first_row), config.validation_size))
     validation = [record for problem, record in first_row.items() if problem in chosen]
-    rest = [record for record in train if _normalised(record.problem) not in chosen]
+    rest = [record for record in train if normalised(record.problem) not in chosen]
     logger.info(
         "validation: %d problems split off train (data.split_seed=%d); %d rows remain to train on, %d further rows of "
         "the same problems left out",
@@ -165,40 +181,7 @@ def _hold_out(train: list[Record], config: DataConfig) -> tuple[list[Record], li
     return rest, validation
 
 
-def _warn_of_overlap(train: list[Record], other: list[Record], split: str) -> None:
-    known = {_normalised(record.problem) for record in other}
-    shared = sum(_normalised(record.problem) in known for record in train)
-    if shared:
-        logger.warning(
-            "contamination: %d of %d train rows have a problem that is also in %s; scores on %s are not held out",
-            shared,
-            len(train),
-            split,
-            split,
-        )
-
-
-def _normalised(problem: str) -> str:
+def normalised(problem: str) -> str:
+    """Return what two texts of the same problem have in common."""
     # punctuation stays: `3 + 4` and `3 - 4` are two problems
     return " ".join(problem.casefold().split())
-
-
-def _describe(source: str, synthetic: SyntheticConfig) -> str:
-    if source == SYNTHETIC:
-        return f"{SYNTHETIC} {synthetic.task} {fingerprint(synthetic)}"
-    return source_fingerprint(source)
-
-
-def _report_skipped(skipped: list[dict[str, str | int]], path: Path | None) -> None:
-    if path is not None and (skipped or path.exists()):
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
-    if skipped:
-        first = skipped[0]
-        logger.warning(
-            "%d bad rows skipped (listed in %s); the first: %s:%s: %s",
-            len(skipped),
-            path or "no file",
-            first["file"],
-            first["line"],
-            first["reason"],
-        )

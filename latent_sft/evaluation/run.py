@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from latent_sft.config.experiment import Config
+from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement
+from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.causal import check_given, intervene
 from latent_sft.evaluation.score import score
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
 from latent_sft.methods import MODELS, method_of
 from latent_sft.plan import models_of
-from latent_sft.runs import Step, write_json
+from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
 from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,8 @@ def evaluate(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate trained models and write `<run>/eval/<model>/<split>.json`; what is there already is not done again.
 
+    What is there under other settings is kept, as `<run>/eval/<model>/<split>/<fingerprint>/<split>.json`.
+
     Args:
         config: the experiment.
         models: of `methods.MODELS`; None takes all that are enabled.
@@ -42,6 +48,10 @@ def evaluate(
 
     Returns:
         model -> split -> summary.
+
+    Raises:
+        ArtefactError: a model is not trained yet, or was trained with other settings.
+        ConfigError: no such model.
     """
     work = work or Workspace(config)
     for name in models or ():
@@ -52,12 +62,15 @@ def evaluate(
         if models and name not in models:
             continue
         source = stages[-1]
-        source.results()
+        if not source.is_finished():
+            source.results()  # says what to do
         for split in splits or config.eval.splits:
             if split not in work.data:
                 log.warning("eval: there is no %s split, skipped.", split)
                 continue
-            found.setdefault(name, {})[split] = _evaluate_one(config, work, name, source, split)
+            summary = _evaluate_one(config, work, name, source, split)
+            if summary is not None:
+                found.setdefault(name, {})[split] = summary
     return found
 
 
@@ -66,22 +79,32 @@ def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
     return {name: [work.step(stage) for stage in stages] for name, stages in models_of(work.config).items()}
 
 
-def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any]:
+def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any] | None:
     settings = config.eval
     step = _step(work, name, source, split)
     path = work.directory / "eval" / name / f"{split}.json"
+    _set_aside(step, path)
     if step.is_finished() and path.exists():
         return step.results()["summary"]
     own = config.settings(method_of(name).settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     thinker = MODELS[name].load(source.final, config.model, work.spec, own, device)
     rows = as_rows(work.data[split], settings.limit)
+    skipped = skipped_rows(work.directory / "data" / split)
     if thinker.oracle is not None:
-        rows = [r for r in rows if r["cot"]]
+        with_cot = [r for r in rows if r["cot"]]
+        skipped |= {"no usable CoT": len(rows) - len(with_cot)} if len(with_cot) < len(rows) else {}
+        rows = with_cot
+    if not rows:
+        log.warning("eval: no row of %s has a CoT that %s could encode, skipped.", split, name)
+        return None
     sampling = None
     if settings.sample:
         sampling = Sampling(
-            temperature=settings.temperature, top_p=settings.top_p, latent_noise=True, seed=settings.seed
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            latent_noise=settings.latent_noise,
+            seed=settings.seed,
         )
     step.begin(settings.seed)
     repeated = [row for row in rows for _ in range(settings.num_samples)]
@@ -106,6 +129,10 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         heatmap_problems=settings.heatmap_problems,
         **grading,
     )
+    if skipped:
+        summary["skipped"] = skipped
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        log.warning("eval %s %s: the accuracy is without rows that were skipped (%s)", name, split, reasons)
     first = decoded[:: settings.num_samples]
     summary |= agreement(first, rows)
     names = _interventions(work, name, split)
@@ -120,19 +147,38 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
 
 
 def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
-    settings = dataclasses.asdict(work.config.eval) | {"splits": None}
-    settings["interventions"] = _interventions(work, name, split)
-    if not settings["interventions"]:
-        del settings["interventions"]  # as in runs that are older than they
+    settings = dataclasses.asdict(work.config.eval) | {"interventions": _interventions(work, name, split)}
+    sampling = () if settings["sample"] else ("temperature", "top_p", "latent_noise", "seed")
+    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
+        del settings[unused]
     inputs = {
-        "model": source.fingerprint,
+        "model": source.outcome,
+        "trained": source.results().get("ended"),  # the same stage may have been trained anew
+        "thinker": name,
         "split": split,
         "data": work.splits.sources.get(split, ""),
+        "rows": fingerprint(list(work.data[split]["hash"])),  # as tokenised, and which of them
         "eval": settings,
-        "decode": {"max_latents": work.spec.max_latents, "min_latents": work.spec.min_latents},
+        "spec": work.spec.to_dict(),
     }
     inputs |= MODELS[name].identity(work.config.settings(method_of(name).settings))
     return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
+
+
+def _set_aside(step: Step, result: Path) -> None:
+    # evaluations under other settings are done anew without asking, so what there was must not be lost
+    found = step.manifest()
+    if found is None or found["fingerprint"] == step.fingerprint:
+        return
+    if result.exists():
+        kept = step.directory / found["fingerprint"]
+        kept.mkdir(exist_ok=True)
+        os.replace(result, kept / result.name)
+        os.replace(step.directory / MANIFEST, kept / MANIFEST)
+        changed = "; ".join(step.changes(found)[:4]) or "inputs differ"
+        log.warning("%s: evaluated anew (%s); the earlier result is kept in %s.", result, changed, kept)
+    else:
+        (step.directory / MANIFEST).unlink()  # of an evaluation that came to nothing
 
 
 def _interventions(work: Workspace, name: str, split: str) -> list[str]:
@@ -142,4 +188,4 @@ def _interventions(work: Workspace, name: str, split: str) -> list[str]:
 
 
 def _text_of(work: Workspace) -> Any:
-    return lambda ids: work.tokenizer.decode(ids, skip_special_tokens=False)
+    return lambda ids: answer_text(work.tokenizer, ids)

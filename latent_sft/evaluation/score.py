@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ECR_K = (1, 5, 10, 50, 100, 150, 200, 250, 300)  # small ones, and those of the paper's figure
 PASS_K = (1, 4, 8, 16, 32, 64)  # of the published code
 HEATMAP_TOKENS = 10
+ANSWER_POSITIONS = 32  # an answer's first tokens, each with an accuracy of its own
 
 
 def score(
@@ -40,7 +41,7 @@ def score(
 
     Args:
         decoded: samples, those of one problem next to each other: S of the first problem, S of the second, ...
-        rows: the problems, tokenized rows (`id, cot, segment_lengths, problem, reference, steps`).
+        rows: the problems, tokenized rows (`id, cot, segment_lengths, answer, problem, reference, steps`).
         spec: of the model that decoded.
         decode_text: token ids to text.
         grader: how answers are compared.
@@ -53,8 +54,9 @@ def score(
         problems), `num_examples`, `samples_per_problem`, `grader`, `reasoning_steps_mean` (latent steps or explicit
         tokens), `{latent_steps,explicit_tokens,answer_tokens,forward_passes}_{mean,max}`, `finished_share`,
         `seconds_per_problem`, `pass_at` {k: value}, `accuracy_by_steps` {number of CoT steps: {accuracy,
-        accuracy_se, num_examples}}; and for latent thinking `latent_entropy_mean` (nats), `end_top1_share` (latents
-        whose top-1 is the first token of `</think>`), `ecr` {K: value}.
+        accuracy_se, num_examples}}, `accuracy_by_position` {position of an answer token, from 1: {accuracy,
+        num_examples}}; and for latent thinking `latent_entropy_mean` (nats), `end_top1_share` (latents whose top-1 is
+        the first token of `</think>`), `ecr` {K: value}.
         One record of `problems` a sample, in order; see `_record`.
 
     Raises:
@@ -98,6 +100,7 @@ def score(
             if k <= samples_per_problem
         },
         "accuracy_by_steps": _by_steps([len(row.get("steps") or ()) for row in rows], shares),
+        "accuracy_by_position": _by_position(decoded, rows, spec, samples_per_problem),
         **_latent_numbers(decoded, rows, spec, samples_per_problem),
     }
     return summary, problems
@@ -164,9 +167,9 @@ def _latent_numbers(
         "latent_entropy_mean": every.mean().item(),
         "end_top1_share": (top1 == spec.end_think_ids[0]).double().mean().item(),
         "ecr": {
-            str(k): _mean([ecr_at_k(latents, cot, k) for latents, cot in thought])
+            str(k): _mean([ecr_at_k(latents, cot, k) for latents, cot in thought if cot])
             for k in sorted({*ECR_K, kept})
-            if k <= kept
+            if k <= kept and any(cot for _, cot in thought)
         },
     }
 
@@ -179,6 +182,22 @@ def _by_steps(num_steps: Sequence[int], shares: Sequence[float]) -> dict[str, An
     return {
         str(steps): {"accuracy": _mean(g), "accuracy_se": _finite(standard_error(g)), "num_examples": len(g)}
         for steps, g in sorted(groups.items())
+    }
+
+
+def _by_position(
+    decoded: Sequence[Decoded], rows: Sequence[Mapping[str, Any]], spec: LatentSpec, samples_per_problem: int
+) -> dict[str, Any]:
+    groups: list[list[bool]] = [[] for _ in range(ANSWER_POSITIONS)]
+    for number, sample in enumerate(decoded):
+        said = [*sample.answer_ids, spec.eos_id] if sample.finished else sample.answer_ids
+        reference = rows[number // samples_per_problem]["answer"]
+        for place, token in enumerate(reference[:ANSWER_POSITIONS]):
+            groups[place].append(said[place : place + 1] == [token])
+    return {
+        str(position): {"accuracy": _mean(g), "num_examples": len(g) // samples_per_problem}
+        for position, g in enumerate(groups, start=1)
+        if g
     }
 
 

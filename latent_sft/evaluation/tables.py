@@ -49,6 +49,7 @@ def result_table(rows: Sequence[Row]) -> Table:
         ("accuracy %", accuracy),
         ("by seed", _value("accuracy_by_seed", lambda found: " ".join(map(percent, found.values())))),
         ("n", _value("num_examples", "{:,}".format)),
+        ("skipped", _value("skipped", skipped)),
         ("reasoning steps", _value("reasoning_steps_mean", "{:,.1f}".format)),
         ("answer tokens", _value("answer_tokens_mean", "{:,.1f}".format)),
         ("forward passes", _value("forward_passes_mean", "{:,.1f}".format)),
@@ -113,6 +114,13 @@ def interval(found: Row) -> str:
     """Return `+1.2 [-0.3, +2.7]`: a `difference`, with its `difference_ci` where it has one, in points of percent."""
     ends = ", ".join(f"{100 * end:+.1f}" for end in found.get("difference_ci") or ())
     return f"{100 * found['difference']:+.1f}" + (f" [{ends}]" if ends else "")
+
+
+def skipped(found: Row) -> str:
+    """Return `3 (2 too long, 1 bad row)`, the rows of the split that are not in the accuracy, or a dash."""
+    if not found:
+        return NONE
+    return f"{sum(found.values()):,} ({', '.join(f'{count:,} {reason}' for reason, count in found.items())})"
 
 
 def percent(value: float) -> str:

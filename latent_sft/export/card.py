@@ -16,6 +16,7 @@ from latent_sft.runs import MANIFEST, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRANSFORMERS = ">=5.0,<6"  # the versions that exports were run with
 CITATION = """@article{deng2025latentsft,
   title   = {LLM Latent Reasoning as Chain of Superposition},
   author  = {Jingcheng Deng and Liang Pang and Zihao Wei and Shicheng Xu and Zenghao Duan and Kun Xu and Yang Song and
@@ -67,7 +68,7 @@ def facts_of_run(
         license=config.export.license,
         base_model=name if name and not local else None,
         training_data=_training_data(config, manifest),
-        results=_measured(evaluations, manifest, noisy=method == "latent-sft"),
+        results=_measured(evaluations, manifest),
         method=method,
     )
 
@@ -169,15 +170,17 @@ LATENT_ARGUMENTS = (
 
 
 def _usage(make_inputs: str, arguments: str) -> str:
-    return f"""It needs `transformers` and `torch`, nothing else. The decoding code is in `custom_generate/generate.py`;
-read it before you trust it with `trust_remote_code=True`. `folder` is this repository's name or a local copy of it.
+    return f"""It needs `transformers{TRANSFORMERS}` and `torch`, nothing else. The decoding code is in
+`custom_generate/generate.py`; read it before you trust it with `trust_remote_code=True`. Without that the model is not
+loaded, since it would write plain tokens, which it was not trained for. `folder` is this repository's name or a local
+copy of it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."
 problem = "..."
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 {make_inputs}
@@ -185,16 +188,17 @@ output = model.generate(**inputs)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
 ```
 
-A model that was loaded without `trust_remote_code` names the code in the call, here with the latents as well:
+With the latents:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained(folder)
-output = model.generate(**inputs, custom_generate=folder, trust_remote_code=True, return_latents=True)
+output = model.generate(**inputs, return_latents=True)
 for ids, weights in zip(output.latent_ids[0], output.latent_weights[0]):
     print([(tokenizer.decode([i]), round(w, 3)) for i, w in zip(ids[:3].tolist(), weights[:3].tolist())])
 ```
 
-Further arguments: {arguments}(of the answer). Batches work with padding on either side and their `attention_mask`."""
+Further arguments: {arguments}(of the answer). Batches work with padding on either side. What else `generate` takes
+applies to the answer: settings of a `GenerationConfig`, logits processors, stopping criteria, `stop_strings`, a
+`streamer`, `num_return_sequences`, `return_dict_in_generate`. `save_pretrained` keeps all of this."""
 
 
 def _latent_settings(spec: LatentSpec) -> list[tuple[str, Any]]:
@@ -241,22 +245,22 @@ def _limitations(spec: LatentSpec) -> str:
         "- The latents are not an explanation: their top tokens are a view of what is fed back, no written argument.\n"
         "- Trained on problems like those named above; nothing is claimed about others.\n"
         f"- Thinking ends after {spec.max_latents} latents and answers after {spec.max_answer_tokens} tokens.\n"
-        "- Beam search, several sequences per prompt and other servers than `transformers` are not supported by the "
-        "enclosed code."
+        "- Beam search, assisted generation and other servers than `transformers` are not supported by the enclosed "
+        "code."
     )
 
 
-def _measured(folder: Path, trained: Mapping[str, Any], noisy: bool) -> dict[str, dict[str, Any]]:
+def _measured(folder: Path, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     results = {}
     for path in sorted(folder.glob("*.json"), reverse=True):  # validation before test
         inputs = read_json(folder / path.stem / MANIFEST)["inputs"]
         if inputs["model"] != trained["fingerprint"]:
             continue
-        used = inputs["eval"]
-        sampled = (
-            f"sampled, temperature {used['temperature']}, top-p {used['top_p']}{', noisy latents' if noisy else ''}"
-        )
-        results[path.stem] = {**read_json(path)["summary"], "decoding": sampled if used["sample"] else "greedy"}
+        used, decoding = inputs["eval"], "greedy"
+        if used["sample"]:
+            noisy = ", noisy latents" if used.get("latent_noise") else ""
+            decoding = f"sampled, temperature {used['temperature']}, top-p {used['top_p']}{noisy}"
+        results[path.stem] = {**read_json(path)["summary"], "decoding": decoding}
     return results
 
 
@@ -268,6 +272,6 @@ def _training_data(config: Config, manifest: Mapping[str, Any]) -> str:
         kind = f"`{data.train.removeprefix('hub:')}` (dataset:split on the Hub), read as `{data.format}`"
     else:
         kind = f"File `{Path(data.train).name}`, read as `{data.format}`"
-    count = manifest.get("inputs", {}).get("data", {}).get("num_train")
+    count = manifest.get("train_rows")
     problems = f"; {count:,} training problems with their chains of thought" if count else ""
     return f"{kind}{problems}. Seed {config.seed}."

@@ -46,8 +46,8 @@ def limitations(spec: LatentSpec, thoughts: ThoughtSpec) -> str:
         "view, no written argument, and not what is fed back.\n"
         "- Trained on problems like those named above; nothing is claimed about others.\n"
         f"- It always thinks in {thoughts.num_latents} latents; answers end after {spec.max_answer_tokens} tokens.\n"
-        "- Beam search, several sequences per prompt and other servers than `transformers` are not supported by the "
-        "enclosed code."
+        "- Beam search, assisted generation and other servers than `transformers` are not supported by the enclosed "
+        "code."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from latent_sft.method.types import LatentSpec, Soft, Superposition, ThoughtSpec
 from latent_sft.models.backbone import core, embed, mix_latents
 from latent_sft.models.logits import head
 from latent_sft.models.thoughts import Thoughts
+
+# (problem in each row, state `[B]`, logits `[B, V]`, uniform numbers `[B]` or None) -> the token `[B]` that each row
+# would write if it is answering
+Write = Callable[[Sequence[int | None], ThinkState, Tensor, Tensor | None], Tensor]
 
 
 class Job(NamedTuple):
@@ -34,6 +39,7 @@ class Job(NamedTuple):
         compiled: compile the step.
         thoughts: from hidden states to inputs, for `continuous`.
         soft: settings of `soft`.
+        write: chooses answer tokens; None takes the likeliest or, with `sampling`, samples.
     """
 
     model: nn.Module
@@ -47,6 +53,7 @@ class Job(NamedTuple):
     compiled: bool
     thoughts: Thoughts | None = None
     soft: Soft | None = None
+    write: Write | None = None
 
     @property
     def kept(self) -> int:
@@ -80,11 +87,12 @@ def advance(
     state: ThinkState,
     token_noise: Tensor | None,
     latent_noise: Tensor | None,
+    problems: Sequence[int | None] = (),
 ) -> Moved:
-    """Run the model on `[B, T, D]` and choose what each row is fed next; pure but for the cache."""
+    """Run the model on `[B, T, D]` and choose what each row is fed next; pure but for the cache (and `job.write`)."""
     if job.thinker == "continuous":
         hidden = last_states(job.model, cache, embeds, position, mask)[:, -1]
-        return follow(job, script, hidden, position[:, -1:], state, token_noise)
+        return follow(job, script, hidden, position[:, -1:], state, token_noise, problems)
     out = core(job.model)(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -93,8 +101,8 @@ def advance(
         use_cache=True,
         logits_to_keep=1,
     )
-    logits = out.logits[:, -1]
-    answers = _sampled(job, logits, token_noise)
+    logits = out.logits[:, -1].to(embeds.device)
+    answers = _written(job, logits, token_noise, state, problems)
     if job.thinker == "latent":
         fed, after = thinking.latent_step(logits, state, job.spec, script, answers, latent_noise)
         following = mix_latents(job.model, fed)[:, None]
@@ -114,16 +122,22 @@ def last_states(model: nn.Module, cache: SlotCache, embeds: Tensor, position: Te
     out = decoder(
         inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     )
-    return out.last_hidden_state
+    return out.last_hidden_state.to(embeds.device)  # a model may be spread over devices
 
 
 def follow(
-    job: Job, script: thinking.Script, hidden: Tensor, position: Tensor, state: ThinkState, token_noise: Tensor | None
+    job: Job,
+    script: thinking.Script,
+    hidden: Tensor,
+    position: Tensor,
+    state: ThinkState,
+    token_noise: Tensor | None,
+    problems: Sequence[int | None] = (),
 ) -> Moved:
     """Choose what each row is fed after its last hidden state `[B, D]` at `[B, 1]`, where thoughts are such states."""
     assert job.thoughts is not None
-    logits = head(job.model)(hidden)
-    answers = _sampled(job, logits, token_noise)
+    logits = head(job.model)(hidden).to(hidden.device)
+    answers = _written(job, logits, token_noise, state, problems)
     fed, thinks, after = thinking.thought_step(logits, state, job.spec, script, job.thoughts.spec.num_latents, answers)
     written = embed(job.model, fed.ids[:, 0])
     thought = job.thoughts(hidden).to(written.dtype)
@@ -141,7 +155,11 @@ def copied(moved: Moved) -> Moved:
     )
 
 
-def _sampled(job: Job, logits: Tensor, noise: Tensor | None) -> Tensor | None:
+def _written(
+    job: Job, logits: Tensor, noise: Tensor | None, state: ThinkState, problems: Sequence[int | None]
+) -> Tensor | None:
+    if job.write is not None:
+        return job.write(problems, state, logits, noise)
     if noise is None:
         return None
     assert job.sampling is not None

@@ -62,6 +62,7 @@ class SlotCache(Cache):
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self.reading is not None:
             slots, first, begin = self.reading
+            slots = slots.to(keys.device)  # layers may be spread over devices
             width = key_states.shape[2]
             keys.narrow(2, begin, width).index_copy_(0, slots, key_states)
             values.narrow(2, begin, width).index_copy_(0, slots, value_states)
@@ -73,8 +74,9 @@ class SlotCache(Cache):
                 values.narrow(2, first, seen).index_select(0, slots),
             )
         if self.static:
-            keys.index_copy_(2, self.column_index, key_states)
-            values.index_copy_(2, self.column_index, value_states)
+            column = self.column_index.to(keys.device)
+            keys.index_copy_(2, column, key_states)
+            values.index_copy_(2, column, value_states)
             return keys, values
         keys.narrow(2, self.column, 1).copy_(key_states)
         values.narrow(2, self.column, 1).copy_(value_states)
@@ -117,6 +119,7 @@ def repacked(buffer: Tensor, dim: int, rows: Tensor | None, first: int, last: in
     The same memory is used again where shapes allow it, so that compiled code finds it where it was.
     """
     kept = buffer.narrow(dim, first, last - first)
+    rows = None if rows is None else rows.to(buffer.device)
     if rows is None and capacity == buffer.shape[dim]:
         if first:
             buffer.narrow(dim, 0, last - first).copy_(kept.clone())

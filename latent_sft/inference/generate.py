@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latent_sft.inference.advance import Job
+from latent_sft.inference.advance import Job, Write
 from latent_sft.inference.noise import Sampling
 from latent_sft.inference.slots import Finished, Slots
 from latent_sft.method.thinking import THINK, answer_phase
@@ -62,10 +62,12 @@ def generate(
     soft: Soft | None = None,
     max_cot_tokens: int = 512,
     sampling: Sampling | None = None,
+    write: Write | None = None,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
     static: bool = False,
     compile: bool = False,
+    together: Callable[[bool], bool] | None = None,
 ) -> list[Decoded]:
     """Decode every prompt.
 
@@ -81,10 +83,14 @@ def generate(
         soft: for `soft`.
         max_cot_tokens: cap of explicit and soft thinking; 0 skips it (No-CoT).
         sampling: None is greedy without noise.
+        write: chooses answer tokens in place of that, a problem being its place in `prompts`; not for `explicit`.
         batch_size: rows decoded together; a row that ends makes room for the next problem.
         progress: called with the number of problems just finished.
         static: the same shapes at every step, at the price of attention over the whole buffer.
         compile: run steps through `torch.compile` with CUDA graphs; implies `static`. Pays on a GPU, for many problems.
+        together: whether this process has problems left -> whether any of the job has. Where calls of the model are
+            collectives, all processes then make equally many; give each as many prompts, and not more than are read
+            at once.
 
     Returns:
         One `Decoded` a prompt, in order.
@@ -112,6 +118,7 @@ def generate(
         compiled=compile,
         thoughts=thoughts if thinks == "continuous" else None,
         soft=soft if thinks == "soft" else None,
+        write=write,
     )
     given = latents
     if job.parallel is not None:
@@ -139,7 +146,7 @@ def generate(
         if "flash" in attention:  # takes no mask, and columns that rows do not have in common need one
             core(model).config._attn_implementation = "sdpa" if core(model)._supports_sdpa else "eager"
         slots = Slots(job, min(batch_size, len(prompts)), max(sizes))
-        while len(results) < len(prompts):
+        while (together or bool)(len(results) < len(prompts)):
             slots.refill(queue, prefix, sizes)
             finished = slots.harvest()
             for row in finished:
@@ -147,7 +154,7 @@ def generate(
             if finished and progress is not None:
                 progress(len(finished))
             slots.tidy(more=bool(queue))
-            if slots.live():
+            if slots.live() or together is not None:
                 slots.step()
     finally:
         core(model).config._attn_implementation = attention
@@ -175,7 +182,7 @@ def _prefix(
     model: nn.Module, spec: LatentSpec, prompts: list[Sequence[int]], given: list[Superposition | Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Return left-padded prefix embeddings `[B, W, D]` and which positions are real `[B, W]`."""
-    device = core(model).device
+    device = core(model).get_input_embeddings().weight.device
     rows = [list(prompt) for prompt in prompts]
     if given is not None:  # any id holds the place of a latent
         rows = [[*row, *[spec.pad_id] * _count(g), *spec.end_think_ids] for row, g in zip(rows, given, strict=True)]

@@ -69,6 +69,6 @@ def said(model: nn.Module, spec: LatentSpec, states: Tensor) -> Superposition:
     logits = head(model)
     parts = []
     for some in states.flatten(0, 1).split(SAID_STATES):
-        kept, ids = largest(logits(some), spec.top_k)
+        kept, ids = largest(logits(some).to(some.device), spec.top_k)
         parts.append(weighted(kept, ids, spec.decode_temperature))
     return Superposition(*(torch.cat(each).view(*states.shape[:2], -1) for each in zip(*parts, strict=True)))

@@ -50,14 +50,14 @@ class Noise:
         self._generators: dict[int, torch.Generator] = {}
 
     def draw(self, problems: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the next Gumbel draws of each problem (None: an idle slot, which draws nothing).
+        """Return the next draws of each problem (None: an idle slot, which draws nothing).
 
         Returns:
-            `[B, V]` for tokens and `[R, B, K]` for latents, each None where it is not needed.
+            `[B]` uniform numbers for tokens and `[R, B, K]` Gumbel draws for latents, each None where it is not needed.
         """
         if not self.tokens and not self.latents:
             return None, None
-        sizes = self._spec.vocab_size * self.tokens, NOISE_DRAWS * self._width * self.latents
+        sizes = int(self.tokens), NOISE_DRAWS * self._width * self.latents
         drawn = torch.zeros(len(problems), sum(sizes))
         for row, problem in enumerate(problems):
             if problem is not None:
@@ -65,28 +65,38 @@ class Noise:
                 if generator is None:
                     generator = torch.Generator().manual_seed(self._seed * 1_000_003 + problem)
                     self._generators[problem] = generator
-                parts = [gumbel((size,), generator, torch.device("cpu")) for size in sizes if size]
-                torch.cat(parts, out=drawn[row])
+                drawn[row, : sizes[0]] = torch.rand(sizes[0], generator=generator)
+                drawn[row, sizes[0] :] = gumbel((sizes[1],), generator, torch.device("cpu"))
         tokens, latents = drawn.to(self._device).split(sizes, dim=1)
         shaped = latents.view(len(problems), -1, self._width).transpose(0, 1)
-        return tokens if self.tokens else None, shaped if self.latents else None
+        return tokens[:, 0] if self.tokens else None, shaped if self.latents else None
 
     def forget(self, problem: int) -> None:
         """Drop the generator of a problem that is done."""
         self._generators.pop(problem, None)
 
 
-def sample(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
-    """Return a sampled token a row, `[B]`: Gumbel-max over the nucleus.
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Return a sampled token a row, `[B]`: where the cumulative distribution of its nucleus passes a uniform number.
+
+    One number a row, and not one for each entry of the vocabulary: for 64 rows of 152k those took 190 ms a step.
 
     Args:
         logits: `[B, V]`.
-        noise: `[B, V]` Gumbel draws.
+        uniform: `[B]` draws from [0, 1).
         sampling: temperature (> 0) and top_p.
     """
-    scaled = logits.float() / sampling.temperature
-    if sampling.top_p < 1:
-        ordered, index = scaled.softmax(-1).sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the entry that crosses the mass stays
-        scaled = scaled.masked_fill(outside.gather(-1, index.argsort(-1)), float("-inf"))
-    return (scaled + noise).argmax(-1)
+    mass = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        reached = mass.cumsum(-1)
+        return _passed(reached, uniform[:, None] * reached[:, -1:])[:, 0]
+    ordered, index = mass.sort(-1, descending=True)
+    reached = ordered.cumsum(-1)
+    last = (reached - ordered < sampling.top_p).sum(-1, keepdim=True) - 1  # the entry that crosses top_p stays
+    place = _passed(reached, uniform[:, None] * reached.gather(-1, last))
+    return index.gather(-1, place)[:, 0]
+
+
+def _passed(reached: Tensor, share: Tensor) -> Tensor:
+    # an entry of no mass is never the first to pass; the cap is for rows of NaN
+    return torch.searchsorted(reached, share, right=True).clamp(max=reached.shape[-1] - 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from latent_sft.config.schema import ModelConfig
@@ -19,7 +19,7 @@ from latent_sft.inference.generate import Decoded, Sampling, generate
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.backbone import input_table
-from latent_sft.models.load import load_lm, load_tokenizer
+from latent_sft.models.load import load_config, load_lm, load_tokenizer
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 from latent_sft.runs import read_json
 
@@ -191,9 +191,8 @@ def _thoughts(checkpoint: str | Path, spec: ThoughtSpec, model: PreTrainedModel)
         raise ArtefactError(
             f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
         )
-    table = input_table(model)
     try:
-        return load_thoughts(Path(path), spec, table.dtype, table.device)
+        return load_thoughts(Path(path), spec, input_table(model).device)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
 
@@ -209,7 +208,7 @@ def _find(checkpoint: str | Path, name: str) -> str | None:
 def _dtype(checkpoint: str | Path) -> str:
     """Return the dtype the weights were saved in, float32 where that is not said."""
     try:
-        found = str(AutoConfig.from_pretrained(checkpoint).dtype).removeprefix("torch.")
+        found = str(load_config(checkpoint).dtype).removeprefix("torch.")
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{checkpoint}: config.json cannot be read ({str(error).splitlines()[0]}).") from error
     return found if found in DTYPES else "float32"

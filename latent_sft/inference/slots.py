@@ -62,7 +62,7 @@ class Slots:
     def __init__(self, job: Job, count: int, longest_prompt: int) -> None:
         self.job = job
         lm = core(job.model)
-        self.device = lm.device
+        self.device = lm.get_input_embeddings().weight.device  # of a model that is spread over several, too
         # rows that run as long as they may would otherwise have everything moved at every step
         self.most = job.longest + WASTE
         capacity = self.most if job.static else min(self.most, longest_prompt + FIRST_COLUMNS)
@@ -131,12 +131,12 @@ class Slots:
         before = thinking.start(len(slots), job.spec, self.device, job.phase)
         if job.parallel is not None:
             before = before._replace(num_steps=before.num_steps + job.parallel.num_latents)
-            moved = self._think_at_once(where, embeds, real, position, before, draws[0])
+            moved = self._think_at_once(where, embeds, real, position, before, draws[0], problems)
             lengths = lengths - job.parallel.num_latents - len(job.spec.end_think_ids)
         else:
             mask = self._prompt_mask(real, embeds.dtype, 0, width)
             self.cache.reading = Reading(where, column - width, column - width)
-            moved = advance(job, self.script, self.cache, embeds, position, mask, before, *draws)
+            moved = advance(job, self.script, self.cache, embeds, position, mask, before, *draws, problems)
             self._keep_thoughts(where, before, moved)
         self.cache.reading = None
         lowest = torch.finfo(embeds.dtype).min
@@ -158,7 +158,14 @@ class Slots:
         return self.windows.masks(prompt_mask(real[:, :end], dtype)[:, :, begin:], ages[begin:, None] - ages[None])
 
     def _think_at_once(
-        self, where: Tensor, embeds: Tensor, real: Tensor, position: Tensor, state: ThinkState, noise: Tensor | None
+        self,
+        where: Tensor,
+        embeds: Tensor,
+        real: Tensor,
+        position: Tensor,
+        state: ThinkState,
+        noise: Tensor | None,
+        problems: list[int],
     ) -> Moved:
         """Read prompts and think all their latents; these and `</think>` end up in the trace as if fed in steps."""
         job, first = self.job, self.cache.column - embeds.shape[1]
@@ -180,7 +187,7 @@ class Slots:
             buffer[where, start : start + count] = values.to(buffer.dtype)
         ids[where, start + count : stop] = self.script.tokens[: stop - start - count, None]
         weights[where, start + count : stop] = self.script.one
-        return follow(job, self.script, thought.hidden, position[:, -1:], state, noise)
+        return follow(job, self.script, thought.hidden, position[:, -1:], state, noise, problems)
 
     def _keep_thoughts(self, where: Tensor | None, before: ThinkState, moved: Moved) -> None:
         """Store the hidden states that rows (None: all) are fed next."""
@@ -192,7 +199,9 @@ class Slots:
         self.thoughts[rows, place] = moved.embeds[:, 0]
 
     def step(self) -> None:
-        """Feed every slot once."""
+        """Feed every slot once; where none is in work, that changes nothing."""
+        if not self.live():
+            self.cache.move_to(0)
         if self.cache.column + 1 == self.cache.capacity:
             self._pack(grow=True)
         column, job = self.cache.column, self.job
@@ -212,6 +221,7 @@ class Slots:
             mask,
             self.state,
             *self.noise.draw(self.problems),
+            () if job.write is None else self.problems,  # compiled code would be made anew for other numbers
         )
         if job.compiled:  # CUDA graphs write the next result over this one
             moved = copied(moved)

@@ -42,6 +42,7 @@ def solve(
     latents: Sequence[Superposition | Tensor] | None = None,
     sampling: Sampling | None = None,
     progress: Callable[[int], object] | None = None,
+    together: Callable[[bool], bool] | None = None,
 ) -> list[Decoded]:
     """Decode every row.
 
@@ -54,6 +55,7 @@ def solve(
         latents: fed in place of any thinking, see `generate`.
         sampling: None is greedy.
         progress: called with the number of rows just finished.
+        together: of a job whose processes keep step, see `generate`.
     """
     if latents is None and thinker.oracle is not None:
         latents = list(thinker.oracle(rows, batch_size))
@@ -69,6 +71,7 @@ def solve(
         progress=progress,
         thoughts=thinker.thoughts,
         soft=thinker.soft,
+        together=together,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_sft.method.superposition import largest, largest_but, weighted
+from latent_sft.method.superposition import largest, largest_but, superpose, weighted
 from latent_sft.method.types import Superposition
 
 # Rows projected at once; more only take memory (256 rows of 150k logits are 150 MB).
@@ -18,8 +18,8 @@ def superpose_states(
     """Return `superpose(hidden @ table.T)` with all logits of a few rows at a time, and none of them kept.
 
     Which entries a latent keeps is found without gradient; the kept logits are then computed once more with it. The
-    same values and gradient of `hidden`, since a softmax over kept logits has no gradient in the others. The table is
-    not trained through latents (reference section 1.2).
+    same values and gradient of `hidden`, since a softmax over kept logits has no gradient in the others. Where all are
+    kept, it is `superpose` itself. The table is not trained through latents (reference section 1.2).
 
     Args:
         hidden: `[..., D]`.
@@ -32,6 +32,8 @@ def superpose_states(
         Superposition of ids `[..., K]`, largest first, and weights `[..., K]`.
     """
     table = table.detach()
+    if top_k == len(table):
+        return superpose(torch.nn.functional.linear(hidden, table), top_k, temperature, exclude)
     with torch.no_grad():
         chunks = []
         for rows in hidden.flatten(0, -2).split(ROWS):
@@ -40,6 +42,4 @@ def superpose_states(
             chunks.append(found[1])
         ids = torch.cat(chunks).unflatten(0, hidden.shape[:-1])
     kept = torch.einsum("...d,...kd->...k", hidden, torch.nn.functional.embedding(ids, table))
-    if exclude is not None:  # it is among the ids only where they are the whole vocabulary
-        kept = kept.masked_fill(ids == exclude, float("-inf"))
     return weighted(kept, ids, temperature)

@@ -100,7 +100,7 @@ def weighted(kept: Tensor, ids: Tensor, temperature: float) -> Superposition:
 def mix(latent: Superposition, table: Tensor) -> Tensor:
     """Return the embedding of a superposition, `sum_v alpha[v] W[v]` (reference section 1.2).
 
-    The `[..., K, D]` looked-up rows are never written to memory.
+    The `[..., K, D]` looked-up rows are never written to memory. The full vocabulary is one product, `alpha @ W`.
 
     Args:
         latent: ids and weights `[..., K]`.
@@ -111,6 +111,11 @@ def mix(latent: Superposition, table: Tensor) -> Tensor:
     """
     ids, weights = latent
     width = ids.shape[-1]
+    if width == len(table):
+        # not scatter: a row that is fed one token has that id in every place, and its weight in the first
+        dense = torch.zeros_like(weights).scatter_add(-1, ids, weights).to(table.dtype)
+        with torch.autocast(table.device.type, enabled=False):  # as a lookup, which autocast does not round
+            return dense @ table
     flat = torch.nn.functional.embedding_bag(
         ids.reshape(-1, width), table, per_sample_weights=weights.reshape(-1, width).to(table.dtype), mode="sum"
     )

@@ -26,7 +26,6 @@ from latent_sft.data.lengths import Lengths, Number
 from latent_sft.inference.solve import Thinker
 from latent_sft.memory import Backbone, Weights, one_model
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
-from latent_sft.models.backbone import input_table
 from latent_sft.models.load import load_lm, merged, save_lm, save_thinker
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
 from latent_sft.runs import read_json
@@ -41,11 +40,13 @@ class Setup:
     Attributes:
         settings: the method's section of the configuration.
         train: how the stage is trained.
-        model: how language models are loaded and adapted.
+        model: how language models are loaded that are not trained, and how they are adapted.
+        trained_model: how those are loaded that are trained.
         spec: the LatentSpec.
         tokenizer: of the base model; None while a job is only planned.
-        start: folder or Hub name of what the stage starts from: the `final` of stage `source`, or the base model.
-        source: name of that stage, empty for the base model.
+        start: folder or Hub name of what the stage starts from: the `final` of stage `source`, what `start_from`
+            names, or the base model.
+        source: name of that stage, or empty.
         root: what the first stage of the method started from.
         latents: stored latents of a row, where the stage reads a Store.
     """
@@ -53,12 +54,19 @@ class Setup:
     settings: Any
     train: TrainConfig
     model: ModelConfig
+    trained_model: ModelConfig
     spec: LatentSpec
     tokenizer: PreTrainedTokenizerBase | None
     start: str | Path
     source: str
     root: str | Path
     latents: LabelOf | None = None
+
+    @property
+    def single(self) -> str | Path:
+        """Where one language model starts from; of an encoder and a decoder that is the decoder."""
+        decoder = Path(self.start) / "decoder"
+        return decoder if decoder.is_dir() else self.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +126,7 @@ def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str) -> None:
 
 def single_model(backbone: Backbone, setup: Setup) -> Weights:
     """Return the parameters of a stage that holds one language model and nothing else."""
-    return one_model(backbone, setup.model)
+    return one_model(backbone, setup.model, setup.trained_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +177,7 @@ def load_saved(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any
     if "thoughts" not in how:
         return Thinker(how["thinker"], lm)
     shape = ThoughtSpec(**how["thoughts"])
-    return Thinker(how["thinker"], lm, load_thoughts(folder / THOUGHTS_FILE, shape, input_table(lm).dtype, device))
+    return Thinker(how["thinker"], lm, load_thoughts(folder / THOUGHTS_FILE, shape, device))
 
 
 @dataclass(frozen=True, kw_only=True)

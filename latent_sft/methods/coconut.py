@@ -31,6 +31,7 @@ from latent_sft.methods.common import (
     save_with_thoughts,
     start_of,
     step_lengths,
+    take_given,
     targets_of,
     thinker_of,
 )
@@ -233,8 +234,9 @@ class ForgetMoments(TrainerCallback):
 
 def _model(setup: Setup) -> nn.Module:
     count = setup.settings.num_latents
-    lm = load_lm(setup.start, setup.model)
+    lm = load_lm(setup.single, setup.trained_model)
     thoughts = Thoughts(ThoughtSpec(num_latents=count, iterations=count), start_of(lm, setup.spec))
+    take_given(thoughts, setup)
     return CoconutModel(trainable(lm, setup.model.lora), thoughts, setup.spec)
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_sft.config.schema import LatentConfig
 from latent_sft.data.collate import Batch, TokenRow
-from latent_sft.errors import DataError
+from latent_sft.errors import ConfigError, DataError
 from latent_sft.inference.solve import Thinker
 from latent_sft.method.layout import IGNORE, Kind, Row
 from latent_sft.method.types import LatentSpec
@@ -24,7 +25,7 @@ from latent_sft.methods.base import Setup
 from latent_sft.models.backbone import core, embed
 from latent_sft.models.load import merged, save_lm, save_thinker
 from latent_sft.models.sharding import whole
-from latent_sft.models.thoughts import save_thoughts
+from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, save_thoughts
 
 
 def own_settings(settings: Any, latent: LatentConfig) -> dict[str, Any]:
@@ -37,6 +38,23 @@ def start_of(lm: nn.Module, spec: LatentSpec) -> Tensor:
     table = core(lm).get_input_embeddings()
     with whole(table.parameters()):
         return embed(lm, torch.tensor(spec.think_ids[-1], device=table.weight.device))
+
+
+def take_given(thoughts: Thoughts, setup: Setup) -> None:
+    """Go on with what is between the thoughts of a stage of this kind that `start_from` names.
+
+    Raises:
+        ConfigError: its projection is not the one configured here.
+    """
+    path = Path(setup.single) / THOUGHTS_FILE
+    if not setup.train.start_from or not path.exists():
+        return
+    try:
+        thoughts.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"start_from={setup.train.start_from}: {path} does not fit the stage as it is configured here (projection)."
+        ) from error
 
 
 def thinker_of(model: Any) -> Thinker:

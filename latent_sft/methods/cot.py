@@ -55,7 +55,7 @@ def explicit_lengths(data: Any, spec: LatentSpec, *, with_cot: bool) -> Lengths:
 
 
 def _model(setup: Setup) -> nn.Module:
-    return ExplicitModel(trainable(load_lm(setup.start, setup.model), setup.model.lora))
+    return ExplicitModel(trainable(load_lm(setup.single, setup.trained_model), setup.model.lora))
 
 
 def _batch(setup: Setup, *, with_cot: bool) -> Collate:

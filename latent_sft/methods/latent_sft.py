@@ -206,29 +206,33 @@ def gold_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int) 
     model.train(was_training)
 
 
-def load_stage1(folder: Path, model: ModelConfig, spec: LatentSpec, attention: str) -> Stage1Model:
-    """Load encoder, decoder and marker from a finished phase.
+def load_stage1(
+    folder: Path, encoder: ModelConfig, decoder: ModelConfig, spec: LatentSpec, attention: str = "auto"
+) -> Stage1Model:
+    """Load encoder, decoder and marker from a finished phase, each in the way that is given.
 
     Raises:
         ArtefactError: the folder is incomplete.
     """
     if not (folder / MARKER_FILE).exists():
         raise ArtefactError(f"{folder / MARKER_FILE}: missing; run that stage-1 phase again.")
-    marker = load_file(folder / MARKER_FILE)["marker"]
-    return Stage1Model(load_lm(folder / "encoder", model), load_lm(folder / "decoder", model), marker, spec, attention)
+    halves = load_lm(folder / "encoder", encoder), load_lm(folder / "decoder", decoder)
+    return Stage1Model(*halves, load_file(folder / MARKER_FILE)["marker"], spec, attention)
 
 
-def phase_start(setup: Setup) -> Stage1Model:
+def phase_start(setup: Setup, *, encoder: bool = False, decoder: bool = False) -> Stage1Model:
     """Return encoder, decoder and marker as a phase of stage 1, or `label`, finds them.
 
     Those of the phase before; the first phase starts with two copies of the base model (or the `cot` stage's) and the
-    initial marker.
+    initial marker. `encoder` and `decoder` say which of the two are to be trained.
     """
+    first, second = (setup.trained_model if trained else setup.model for trained in (encoder, decoder))
     attention = setup.settings.attention
-    if setup.source in PHASES:
-        return load_stage1(Path(setup.start), setup.model, setup.spec, attention)
-    encoder, decoder = (load_lm(setup.start, setup.model) for _ in range(2))
-    return Stage1Model(encoder, decoder, initial_marker(encoder, setup.spec), setup.spec, attention)
+    if setup.source in PHASES or (Path(setup.start) / MARKER_FILE).exists():
+        return load_stage1(Path(setup.start), first, second, setup.spec, attention)
+    reader = load_lm(setup.start, first)
+    marker = initial_marker(reader, setup.spec)
+    return Stage1Model(reader, load_lm(setup.start, second), marker, setup.spec, attention)
 
 
 def shared_start(setup: Setup) -> Stage1Model:
@@ -239,6 +243,11 @@ def shared_start(setup: Setup) -> Stage1Model:
     Raises:
         ArtefactError: the phase before was trained with two models.
     """
+    if (Path(setup.root) / MARKER_FILE).exists():
+        raise ConfigError(
+            f"start_from: {setup.root} holds an encoder and a decoder, expected one model where stage1.share_backbone "
+            "is true. Give one of its two folders."
+        )
     encoder = load_lm(setup.root, setup.model)
     decoder, marker = twin(encoder), initial_marker(encoder, setup.spec)
     model = Stage1Model(encoder, decoder, marker, setup.spec, attention=setup.settings.attention)
@@ -256,7 +265,7 @@ def _stage1_model(setup: Setup, *, encoder: bool, decoder: bool) -> nn.Module:
     if setup.settings.share_backbone:
         model, adapted = shared_start(setup), lambda lm, lora: lm
     else:
-        model, adapted = phase_start(setup), trainable
+        model, adapted = phase_start(setup, encoder=encoder, decoder=decoder), trainable
     lora = setup.model.lora
     model.encoder = adapted(model.encoder, lora) if encoder else model.encoder.requires_grad_(False)
     model.decoder = adapted(model.decoder, lora) if decoder else model.decoder.requires_grad_(False)
@@ -287,7 +296,7 @@ def _save_stage1(model: Stage1Model, setup: Setup, folder: Path) -> None:
 
 
 def _stage2_model(setup: Setup) -> nn.Module:
-    lm = load_lm(Path(setup.start) / "decoder", setup.model)
+    lm = load_lm(setup.single, setup.trained_model)
     return Stage2Model(trainable(lm, setup.model.lora), setup.spec)
 
 
@@ -360,18 +369,19 @@ def _last_phase(settings: Stage1Config) -> str:
 
 
 def _phase_parameters(backbone: Backbone, setup: Setup, *, encoder: bool, decoder: bool) -> Weights:
-    item, adapters, marker = itemsize(setup.model), backbone.adapters, backbone.shape.hidden
-    shared = setup.settings.share_backbone
-    held = (1 if shared else 2) * item * backbone.size
+    item, whole, adapters = itemsize(setup.model), itemsize(setup.trained_model), backbone.adapters
+    shared, marker = setup.settings.share_backbone, backbone.shape.hidden
     if adapters:  # in float32, as PEFT and the marker keep them
+        held = (1 if shared else 2) * item * backbone.size
         trained = adapters * (encoder + decoder) + marker * encoder
         idle = 4 * adapters * (2 - encoder - decoder) if shared else 0
         return Weights(trained, 4 * trained, held + idle + 4 * marker * (not encoder), backbone.largest, item)
+    held = backbone.size * ((whole if encoder else item) + (whole if decoder else item))
     # the encoder's own head is not part of the loss
     trained = (backbone.size - backbone.head) * encoder + backbone.size * decoder
-    trained_bytes = item * trained + 4 * marker * encoder
+    trained_bytes = whole * trained + 4 * marker * encoder
     frozen_bytes = held + 4 * marker - trained_bytes
-    return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, item, decoder)
+    return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, whole, decoder)
 
 
 def _oracle(model: Any) -> Thinker:
@@ -381,7 +391,7 @@ def _oracle(model: Any) -> Thinker:
 def _load_oracle(
     folder: Path, model: ModelConfig, spec: LatentSpec, settings: Stage1Config, device: torch.device
 ) -> Thinker:
-    return _oracle(load_stage1(folder, model, spec, settings.attention).to(device))
+    return _oracle(load_stage1(folder, model, model, spec, settings.attention).to(device))
 
 
 FROZEN_ENCODER = Store(
@@ -427,6 +437,10 @@ def _phase(name: str, meaning: str, *, encoder: bool, decoder: bool, reads: Stor
 def _check(settings: Stage1Config, model: ModelConfig, stages: Sequence[str]) -> None:
     shared = settings.share_backbone
     need(not shared or model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
+    for name in _enabled(settings)[1:] if shared else ():
+        part = name.removeprefix("stage1-")
+        given = getattr(settings, part).start_from
+        need(not given, f"stage1.{part}.start_from", given, "empty, or stage1.share_backbone=false")
 
 
 METHOD = Method(

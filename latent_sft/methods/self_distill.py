@@ -44,6 +44,7 @@ from latent_sft.methods.common import (
     save_with_thoughts,
     start_of,
     step_lengths,
+    take_given,
     targets_of,
     thinker_of,
 )
@@ -390,8 +391,9 @@ def _thought_spec(settings: SelfDistillConfig) -> ThoughtSpec:
 
 def _model(setup: Setup) -> nn.Module:
     settings: SelfDistillConfig = setup.settings
-    lm = load_lm(setup.start, setup.model)
+    lm = load_lm(setup.single, setup.trained_model)
     thoughts = Thoughts(_thought_spec(settings), start_of(lm, setup.spec), dropout=settings.projection_dropout)
+    take_given(thoughts, setup)
     return SelfDistillModel(trainable(lm, setup.model.lora), thoughts, setup.spec, settings)
 
 
@@ -420,7 +422,9 @@ def _parameters(backbone: Backbone, setup: Setup) -> Weights:
     # projection: two linear maps with biases, scale and shift of the norm; and the placeholder
     settings, hidden = setup.settings, backbone.shape.hidden
     projection = 2 * (hidden * hidden + hidden) + 2 * hidden if settings.projection else 0
-    return one_model(backbone, setup.model, projection + hidden * (settings.iterations < settings.num_latents))
+    return one_model(
+        backbone, setup.model, setup.trained_model, projection + hidden * (settings.iterations < settings.num_latents)
+    )
 
 
 def _more_positions(setup: Setup) -> int:

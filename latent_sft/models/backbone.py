@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from latent_sft.errors import ConfigError
@@ -43,6 +44,8 @@ def mix_latents(model: nn.Module, latent: Superposition) -> Tensor:
     # a table partitioned by DeepSpeed ZeRO-3 is there only while its module is called
     if type(module) is nn.Embedding and not hasattr(module.weight, "ds_id"):
         return mix(latent, module.weight.detach())
+    if latent.ids.shape[-1] == module.num_embeddings:  # every row once, not once for every latent
+        return mix(latent, module(torch.arange(module.num_embeddings, device=latent.ids.device)).detach())
     return combine(module(latent.ids).detach(), latent.weights)
 
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
@@ -19,9 +27,20 @@ from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
 from latent_sft.models.backbone import core, embed, input_table
 from latent_sft.models.head import check_head
 from latent_sft.models.sharding import whole
-from latent_sft.runs import write_json
+from latent_sft.runs import file_sha256, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
+
+# key of `model.tiny` -> names in the configurations of transformers
+_SIZE_NAMES = {
+    "hidden_size": ("hidden_size",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_positions": ("max_position_embeddings",),
+    "tie_embeddings": ("tie_word_embeddings",),
+}
 
 
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -36,15 +55,97 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
         raise ConfigError(f"model.name_or_path: no tokenizer at {str(path)!r} ({_first_line(error)}).") from error
 
 
+def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    """Load the configuration of a model; that of an export as the type it was trained as, without its own code."""
+    values, _ = PreTrainedConfig.get_config_dict(path, **options)
+    if "base_model_type" not in values:
+        return AutoConfig.from_pretrained(path, **options)
+    kept = {key: value for key, value in values.items() if key not in ("auto_map", "base_model_type")}
+    base = values["base_model_type"]
+    return CONFIG_MAPPING[base].from_dict({**kept, "model_type": base})
+
+
 def vocabulary_size(path: str | Path, config: ModelConfig) -> int:
     """Return the number of rows of the embedding table, without loading weights."""
+    return int(_text_config(path, config).vocab_size)
+
+
+def max_positions(path: str | Path, config: ModelConfig) -> int | None:
+    """Return the length of the longest sequence the model was made for, or None where it does not say."""
+    return getattr(_text_config(path, config), "max_position_embeddings", None)
+
+
+def _text_config(path: str | Path, config: ModelConfig) -> Any:
     try:
-        return int(AutoConfig.from_pretrained(path, **_hub_options(config)).get_text_config().vocab_size)
+        return load_config(path, **_hub_options(config)).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.name_or_path: no model at {str(path)!r} ({_first_line(error)}). Give a folder saved by "
             "transformers or the name of a Hub model (needs network, or a local cache)."
         ) from error
+
+
+def weights_fingerprint(folder: Path, remember: Path) -> str:
+    """Return 16 hex digits over the weights in a folder, and the files that say how to run them; not over its place.
+
+    Args:
+        folder: of a model, or of a stage-1 phase (`encoder`, `decoder` and marker).
+        remember: JSON file of what was hashed before, so that a large model is read once a run.
+    """
+    before = read_json(remember) if remember.exists() else {}
+    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "*.py")
+    found, now = {}, dict(before)
+    for path in sorted(p for part in (".", "encoder", "decoder") for x in patterns for p in (folder / part).glob(x)):
+        stat, key = path.stat(), str(path.resolve())
+        # the time of change, unlike that of modification, is not kept by copying
+        same = {"size": stat.st_size, "changed": stat.st_ctime_ns}
+        if not same.items() <= before.get(key, {}).items():
+            now[key] = {**same, "sha256": file_sha256(path)}
+        found[str(path.relative_to(folder))] = now[key]["sha256"]
+    if now != before:
+        write_json(remember, now)
+    return fingerprint(found)
+
+
+def check_start(
+    folder: Path, key: str, base: str | Path, config: ModelConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a folder whose weights cannot take the place of the base model's.
+
+    Args:
+        folder: of one model.
+        key: of the configuration, for the message.
+        base: folder or name of the base model.
+        config: of the base model.
+        tokenizer: of the base model.
+
+    Raises:
+        ConfigError: no model there, other sizes, or a tokenizer with other ids.
+    """
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{key}: no model in {str(folder)!r}, expected the folder of a finished stage (RUN/STAGE), an export, or "
+            "any folder saved by transformers, with its tokenizer."
+        )
+    here, own = (AutoConfig.from_pretrained(p, **_hub_options(config)).get_text_config() for p in (folder, base))
+    names = ("model_type", "vocab_size", *(name for names in _SIZE_NAMES.values() for name in names))
+    sizes = {n: (getattr(here, n, None), getattr(own, n, None)) for n in names}
+    differ = [f"{name} {theirs!r} instead of {ours!r}" for name, (theirs, ours) in sizes.items() if theirs != ours]
+    if differ:
+        raise ConfigError(
+            f"{key}: {str(folder)!r} is another architecture than `model` ({', '.join(differ)}). Give weights of the "
+            "same sizes, or make that folder the base: model.name_or_path."
+        )
+    try:
+        same = AutoTokenizer.from_pretrained(folder, **_hub_options(config)).get_vocab() == tokenizer.get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: no tokenizer in {str(folder)!r} ({_first_line(error)}); save it there.") from error
+    if not same:
+        raise ConfigError(
+            f"{key}: the tokenizer in {str(folder)!r} has other ids than that of `model`, so its weights mean other "
+            "tokens. A model from scratch takes its vocabulary from the training text: give the same data, or make "
+            "that folder the base: model.name_or_path."
+        )
 
 
 def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
@@ -55,6 +156,7 @@ def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """
     options = dict(_hub_options(config), dtype=getattr(torch, config.dtype))
     try:
+        options["config"] = load_config(path, **_hub_options(config))
         try:
             model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=config.attention, **options)
         except ValueError as error:
@@ -75,18 +177,8 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         ConfigError: the model type is unknown or does not take these sizes.
     """
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
     try:
-        hf_config = AutoConfig.for_model(config.model_type, **sizes, **special)
+        hf_config = tiny_hf_config(config, vocab_size=len(tokenizer), **special)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(hf_config)
@@ -94,6 +186,30 @@ def build_tiny(config: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, seed
         raise ConfigError(
             f"model.tiny.model_type: cannot build {config.model_type!r} ({_first_line(error)})."
         ) from error
+
+
+def tiny_hf_config(config: TinyModelConfig, **others: Any) -> PreTrainedConfig:
+    """Return the configuration of a model from scratch: these sizes, no dropout, and what else is given."""
+    usual = AutoConfig.for_model(config.model_type)
+    # families differ in their usual dropout; latents are noisy only where the configuration says so
+    no_dropout = {k: 0.0 for k, v in usual.to_dict().items() if "drop" in k and isinstance(v, float)}
+    return AutoConfig.for_model(config.model_type, **_sizes(config, usual), **no_dropout, **others)
+
+
+def _sizes(config: TinyModelConfig, usual: PreTrainedConfig) -> dict[str, Any]:
+    """Return the sizes by the names of this model type, which would take others without a word and not use them."""
+    known, sizes = {*usual.to_dict(), *usual.attribute_map}, {}
+    for key, names in _SIZE_NAMES.items():
+        name = next((n for n in names if n in known), None)
+        if name is not None:
+            sizes[name] = getattr(config, key)
+        elif key != "num_kv_heads" or config.num_kv_heads != config.num_heads:
+            expected = f"num_heads={config.num_heads}" if key == "num_kv_heads" else "a model type that has this size"
+            raise ConfigError(
+                f"model.tiny.{key}: got {getattr(config, key)!r}, expected {expected}; a {config.model_type!r} model "
+                f"has no {names[0]} of its own."
+            )
+    return sizes
 
 
 def trainable(lm: nn.Module, config: LoraConfig) -> nn.Module:

@@ -64,6 +64,7 @@ class Stage1Model(nn.Module):
         decoder = core(self.decoder)
         by_input = self.spec.projection == "input"
         module = decoder.get_input_embeddings() if by_input else decoder.get_output_embeddings()
+        hidden = hidden.to(module.weight.dtype)  # a half that is trained as a whole is float32 beside a frozen one
 
         if not is_partitioned(module.parameters()):
             return superpose_states(hidden, module.weight, self.spec.top_k, self.spec.temperature, exclude)

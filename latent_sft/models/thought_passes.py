@@ -262,7 +262,7 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
     pieces: list[Piece] = []
     hidden = last = prompt.last
     for i in range(real.shape[1]):
-        inputs = thoughts(hidden).to(hidden.dtype)[:, None]
+        inputs = thoughts(hidden)[:, None]
         position = _within(prompt.length + i, real[:, i])[:, None]
         done = run(lm, inputs, position, real[:, i : i + 1], (prompt.piece, *pieces))
         pieces.append(done.piece)
@@ -277,10 +277,10 @@ def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
     count = thoughts.spec.num_latents
     hidden, piece = prompt.waiting
     position = prompt.length[:, None] + torch.arange(count, device=hidden.device)
-    start = thoughts(prompt.last)[:, None].to(hidden.dtype) if thoughts.spec.iterations else None
+    start = thoughts(prompt.last)[:, None] if thoughts.spec.iterations else None
     for _ in range(thoughts.spec.iterations):
         assert start is not None
-        inputs = torch.cat([start, thoughts(hidden[:, :-1]).to(hidden.dtype)], dim=1)
+        inputs = torch.cat([start, thoughts(hidden[:, :-1])], dim=1)
         done = run(lm, inputs, position, piece.real, [prompt.piece])
         hidden, piece = done.hidden, done.piece
     return Thought((piece,), hidden[:, -1], prompt.length + count)

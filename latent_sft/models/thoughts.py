@@ -17,6 +17,8 @@ THOUGHTS_FILE = "thoughts.safetensors"
 class Thoughts(nn.Module):
     """Projection and placeholder; M and T are in `spec`.
 
+    They are float32 (float64 for a model in float64) beside a model in 16 bit, which would round small updates away.
+
     Attributes:
         spec: see ThoughtSpec.
         placeholder: `[D]`, input of a latent before its first iteration; its initial value is that of `start`.
@@ -33,9 +35,9 @@ class Thoughts(nn.Module):
         """
         super().__init__()
         self.spec = spec
-        self.placeholder = nn.Parameter(start.detach().clone())
+        like = {"dtype": torch.promote_types(start.dtype, torch.float32), "device": start.device}
+        self.placeholder = nn.Parameter(start.detach().to(**like, copy=True))
         size = len(start)
-        like = {"dtype": start.dtype, "device": start.device}
         self.projection: nn.Module = nn.Identity()
         if spec.projection:
             self.projection = nn.Sequential(
@@ -50,8 +52,8 @@ class Thoughts(nn.Module):
         self.projection.requires_grad_(spec.iterations > 0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the next input `[..., D]` of last hidden states `[..., D]` (after the final norm)."""
-        return self.projection(hidden)
+        """Return the next input `[..., D]` of last hidden states `[..., D]` (after the final norm), in their dtype."""
+        return self.projection(hidden.to(self.placeholder.dtype)).to(hidden.dtype)
 
 
 def placeholders(thoughts: Thoughts, batch: int) -> Tensor:
@@ -65,10 +67,10 @@ def save_thoughts(thoughts: Thoughts, folder: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in thoughts.state_dict().items()}, folder / THOUGHTS_FILE)
 
 
-def load_thoughts(path: Path, spec: ThoughtSpec, dtype: torch.dtype, device: torch.device) -> Thoughts:
-    """Read what `save_thoughts` wrote; `path` is the file."""
+def load_thoughts(path: Path, spec: ThoughtSpec, device: torch.device) -> Thoughts:
+    """Read what `save_thoughts` wrote, in its dtype; `path` is the file."""
     state = load_file(path)
     inner = len(state["projection.1.weight"]) if spec.projection else 0
     thoughts = Thoughts(spec, state["placeholder"], inner)
     thoughts.load_state_dict(state)
-    return thoughts.to(dtype=dtype, device=device).eval()
+    return thoughts.to(device).eval()

@@ -59,6 +59,8 @@ def last_checkpoint(folder: Path) -> str | None:
 def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_processes: int) -> TrainConfig:
     """Return the settings with the accumulation that makes an optimizer step what it was before a checkpoint.
 
+    Where `global_batch_size` is given, that is it.
+
     The step of a stage (its examples, and so its schedule) is fixed when the stage begins; more or fewer processes
     only share it out anew.
 
@@ -71,17 +73,20 @@ def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_proc
     Raises:
         ConfigError: this number of processes cannot share the step, or cannot read the checkpoint.
     """
+    train = train.shared(section, num_processes)
     if checkpoint is None:
         return train
     facts = read_json(Path(checkpoint) / MARKER)
     before, micro_batches = facts["processes"], facts["processes"] * facts["accumulation"]
-    if before == num_processes:
-        return dataclasses.replace(train, accumulation=facts["accumulation"])
-    if any(Path(checkpoint).glob("global_step*")):
+    if before != num_processes and any(Path(checkpoint).glob("global_step*")):
         raise ConfigError(
             f"launch.nproc: got {num_processes} processes, expected {before}: {checkpoint} is a ZeRO checkpoint, which "
             "holds one part of the optimizer for each process. Go on with as many, or delete the checkpoints."
         )
+    if train.global_batch_size:
+        return train
+    if before == num_processes:
+        return dataclasses.replace(train, accumulation=facts["accumulation"])
     if micro_batches % num_processes:
         raise ConfigError(
             f"launch.nproc: got {num_processes} processes, expected a divisor of {micro_batches}: a step of "
@@ -125,7 +130,8 @@ class Interruption(TrainerCallback):
     Args:
         name: of the stage.
         keep: newest checkpoints that stay, the best one among them.
-        save_every: steps between checkpoints, beside one at each new best evaluation; 0: one at every evaluation.
+        save_every: steps between checkpoints, beside one at each new best evaluation and the last step; 0: one at every
+            evaluation.
 
     Attributes:
         requested: whether this process was told to stop.
@@ -150,6 +156,12 @@ class Interruption(TrainerCallback):
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)  # as seen from here: the run may have moved
+        # the optimizer was saved with the learning rate of the schedule it had, which a prolonged stage leaves
+        schedule = kwargs["lr_scheduler"]
+        for group, peak, share in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * share(schedule.last_epoch)
         if state.is_world_process_zero:
             drop_after(Path(args.output_dir) / "metrics.jsonl", state.global_step)
 
@@ -160,7 +172,7 @@ class Interruption(TrainerCallback):
         if self.stopping:
             log.info("%s: told to stop; finishing step %d", self.name, state.global_step)
             control.should_training_stop = True
-        due = self.stopping or (self.save_every > 0 and state.global_step % self.save_every == 0)
+        due = self.stopping or last or (self.save_every > 0 and state.global_step % self.save_every == 0)
         # an evaluation at the end of the epoch belongs to its last step, and into its checkpoint
         self._after_epoch = due and args.eval_strategy == "epoch" and (last or float(state.epoch).is_integer())
         control.should_save = control.should_save or (due and not self._after_epoch)
@@ -188,7 +200,7 @@ class Interruption(TrainerCallback):
                 mark_complete(newest, processes=args.world_size, accumulation=args.gradient_accumulation_steps)
             except (OSError, ArtefactError) as error:
                 raise _unwritten(newest, error) from error
-            _rotate(folder, self.keep, {state.global_step, state.best_global_step})
+            rotate(folder, self.keep, {state.global_step, state.best_global_step})
         self._wait()  # a process that ends here makes the launcher end the others
         if self.stopping:
             raise Interrupted(f"{self.name}: stopped at step {state.global_step} of {state.max_steps}")
@@ -223,6 +235,15 @@ def drop_after(path: Path, step: int) -> None:
         write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
+def rotate(folder: Path, keep: int, needed: set[int | None]) -> None:
+    """Delete the oldest checkpoints until `keep` are left; those of the steps `needed` stay."""
+    checkpoints = _checkpoints(folder)
+    spare = [c for c in checkpoints if _number(c) not in needed]
+    for checkpoint in spare[: max(0, len(checkpoints) - keep)]:
+        (checkpoint / MARKER).unlink(missing_ok=True)  # first: a half-deleted one does not count
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -249,6 +270,10 @@ def _problem(checkpoint: Path) -> str:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or cut off"
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ArtefactError as error:
+        return str(error)
     return ""
 
 
@@ -258,14 +283,6 @@ def _unwritten(checkpoint: Path, error: Exception) -> TrainingError:
         f"{checkpoint}: could not be written ({error}). The checkpoints before it are untouched; make room on the disk "
         "and run the same command again, it goes on from the newest one."
     )
-
-
-def _rotate(folder: Path, keep: int, needed: set[int | None]) -> None:
-    checkpoints = _checkpoints(folder)
-    spare = [c for c in checkpoints if _number(c) not in needed]
-    for checkpoint in spare[: max(0, len(checkpoints) - keep)]:
-        (checkpoint / MARKER).unlink(missing_ok=True)  # first: a half-deleted one does not count
-        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _keep_loader_workers(loader: Any) -> None:

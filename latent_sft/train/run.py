@@ -2,38 +2,38 @@
 
     workspace -> stage (a row of stages.py) -> LatentTrainer (trainer.py) -> <run>/<stage>/final
 
-A stage that is finished is skipped; one that was interrupted goes on from its last complete checkpoint.
+A stage that is finished is skipped; one that was interrupted, or is to train longer, goes on from its last complete
+checkpoint; `finish_stage` ends one where it stands.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from latent_sft.config.experiment import Config
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
 from latent_sft.inference.solve import as_rows
 from latent_sft.methods import STAGES
-from latent_sft.methods.base import Curriculum, Setup, Stage
+from latent_sft.methods.base import Setup, Stage
 from latent_sft.models.backbone import core
-from latent_sft.runs import Step
+from latent_sft.runs import Step, read_json
 from latent_sft.stores import store_latents
 from latent_sft.train import zero
 from latent_sft.train.callbacks import MetricsFile, StageProgress, StopAtAccuracy
+from latent_sft.train.ending import check_length, departures, state_of, write_final
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
-from latent_sft.train.interruption import Interruption, last_checkpoint, same_step
+from latent_sft.train.interruption import MARKER, Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
 from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 from latent_sft.train.trainer import LatentTrainer
@@ -60,7 +60,9 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         Interrupted: the process was told to stop; a checkpoint is written (see `train/interruption.py`).
     """
     work = work or Workspace(config)
-    step, train, stage = work.step(name), config.stage(name), STAGES[name]
+    with processes().main_process_first():  # it may read a whole model to know it
+        step = work.step(name)
+    train, stage = config.stage(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
         return step
@@ -71,6 +73,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
+    history = departures(step, checkpoint, stage.section)
     train = same_step(train, stage.section, checkpoint, processes().num_processes)
     if checkpoint:
         zero.check_checkpoint(checkpoint, config.launch)
@@ -79,7 +82,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         store_latents(work, name)
     elif stage.reads is not None:
         work.store_step(stage.reads).results()
-    setup = work.setup(name)
+    setup = dataclasses.replace(work.setup(name), train=train)
     set_seed(config.seed)
     zero.begin(config.launch)
     with zero.loading(config):
@@ -94,12 +97,15 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
     check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
     curriculum = stage.curriculum(setup)
-    sampler = _sampler(stage, setup, curriculum, work)
+    sampler = _sampler(stage, setup, work, train.accumulation * processes().num_processes)
+    total = _total_steps(train, sampler)
+    if checkpoint:
+        check_length(step, state_of(checkpoint), total, stage.section)
     train_rows = work.data["train"] if curriculum is None else Phased(work.data["train"])
     collate = stage.batch(setup)
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
-        step.begin(config.seed)
+        step.begin(config.seed, history)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
     callbacks: list[TrainerCallback] = [metrics, *stage.callbacks(model, setup)]
     if config.report_to:
@@ -108,7 +114,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
     trainer = LatentTrainer(
         model=model,
-        args=_arguments(train, step.directory, config, deepspeed),
+        args=_arguments(train, step.directory, config, deepspeed, config.precision(name)),
         train_dataset=train_rows,
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
@@ -123,10 +129,11 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     trainer.add_callback(StageProgress(name))
     interruption = Interruption(name, train.save_total_limit, train.save_every)
     trainer.add_callback(interruption)
-    if checkpoint and _has_ended(checkpoint, train):
-        trainer.state = _state(checkpoint)  # only the final folder was still to be written
+    if checkpoint and _has_ended(checkpoint, train, total):
+        trainer.state = state_of(checkpoint)  # only the final folder was still to be written
     else:
         log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
+        log.info("%s: %s", name, _step_size(train, processes().num_processes))
         try:
             with said_if_alone(config.launch.timeout_minutes):
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -136,43 +143,86 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
             raise
     zero.end(config.launch)
     if trainer.is_world_process_zero():
-        _finish(trainer, stage, setup, step, metrics.elapsed())
+        write_final(trainer.state, sampler, stage, setup, step, metrics.elapsed(), len(work.data["train"]))
     trainer.accelerator.wait_for_everyone()
     if interruption.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
     return step
 
 
-def _state(checkpoint: str) -> TrainerState:
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+def finish_stage(config: Config, name: str, work: Workspace | None = None) -> Step:
+    """End an interrupted stage where it stands: its best checkpoint becomes `final`, as if training had ended there.
+
+    Args:
+        config: the experiment.
+        name: a stage of `latent_sft.methods.STAGES`; nothing may be training it.
+        work: the opened experiment, where the caller has it.
+
+    Returns:
+        The finished step; its results say `ended_early`, and what is made from it has a fingerprint of its own.
+
+    Raises:
+        ArtefactError: there is no complete checkpoint, or the folder belongs to another experiment.
+    """
+    work = work or Workspace(config)
+    step, stage = work.step(name), STAGES[name]
+    if step.is_finished():
+        log.info("%s: finished already (%s)", name, step.directory)
+        return step
+    checkpoint = last_checkpoint(step.directory)
+    if checkpoint is None:
+        raise ArtefactError(
+            f"{step.directory}: no complete checkpoint, so there is nothing to finish with. `latent-sft train {name}` "
+            f"writes one at every evaluation, or every {stage.section}.save_every steps, and when it is told to stop."
+        )
+    facts = read_json(Path(checkpoint) / MARKER)
+    setup = work.setup(name)
+    sampler = _sampler(stage, setup, work, facts["accumulation"] * facts["processes"])
+    step.begin(config.seed, departures(step, checkpoint, stage.section, ends=True))
+    state, seconds, rows = state_of(checkpoint), _seconds_before(checkpoint), len(work.data["train"])
+    write_final(state, sampler, stage, setup, step, seconds, rows, ended_early=True)
+    return step
 
 
-def _has_ended(checkpoint: str, train: TrainConfig) -> bool:
+def _step_size(train: TrainConfig, num_processes: int) -> str:
+    # a learning rate belongs to a batch, and fewer processes make it smaller where only their share is configured
+    size = train.max_tokens or train.batch_size
+    unit = "positions at most" if train.max_tokens else "examples"
+    return (
+        f"a step takes {size * train.accumulation * num_processes} {unit} ({size} a micro-batch x accumulation "
+        f"{train.accumulation} x {num_processes} process{'es' if num_processes > 1 else ''})"
+    )
+
+
+def _total_steps(train: TrainConfig, sampler: LengthBucketSampler | TokenBatchSampler) -> int:
+    return train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
+
+
+def _has_ended(checkpoint: str, train: TrainConfig, total: int) -> bool:
     # the Trainer would train one step more than asked for when it resumes at the last one
-    state = _state(checkpoint)
+    state = state_of(checkpoint)
     converged = 0 < train.stop_at_accuracy <= (state.best_metric or 0.0)
-    return state.global_step >= state.max_steps or converged
+    return state.global_step >= total or converged
 
 
-def _sampler(
-    stage: Stage, setup: Setup, curriculum: Curriculum | None, work: Workspace
-) -> LengthBucketSampler | TokenBatchSampler:
-    # both cut by what an optimizer step takes, so that micro-batches and processes only share it out
+def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> LengthBucketSampler | TokenBatchSampler:
+    # both cut by what an optimizer step takes (`per_step` micro-batches), which the processes only share out
     data, seed, train = work.data["train"], work.config.seed, setup.train
-    per_step = train.accumulation * processes().num_processes
     sampler: LengthBucketSampler | TokenBatchSampler
     if train.max_tokens:
         lengths = stage.lengths(data, setup)
         sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
         sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
+    curriculum = stage.curriculum(setup)
     if curriculum is not None:
-        total = train.max_steps or math.ceil(train.epochs * sampler.steps_per_epoch())
-        sampler.number = curriculum.number(len(data), total, seed)
+        sampler.number = curriculum.number(len(data), _total_steps(train, sampler), seed)
     return sampler
 
 
-def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None) -> TrainingArguments:
+def _arguments(
+    train: TrainConfig, folder: Path, config: Config, deepspeed: dict[str, Any] | None, precision: str
+) -> TrainingArguments:
     by_steps = train.eval_every > 0
     schedule: dict[str, Any] = {"lr_scheduler_type": train.schedule}
     if train.schedule == "cosine" and train.min_lr_ratio > 0:
@@ -204,8 +254,8 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         metric_for_best_model="accuracy",
         greater_is_better=True,
         # with DeepSpeed the Trainer asks for what DeepSpeed is told already; its autocast is DeepSpeed's own
-        bf16="bf16" in deepspeed if deepspeed else train.mixed_precision == "bf16",
-        fp16=train.mixed_precision == "fp16",
+        bf16="bf16" in deepspeed if deepspeed else precision == "bf16",
+        fp16=precision == "fp16",
         dataloader_num_workers=train.num_workers,
         remove_unused_columns=False,
         report_to=list(config.report_to),  # TensorBoard and metrics.jsonl are written by MetricsFile, for every run
@@ -217,34 +267,6 @@ def _arguments(train: TrainConfig, folder: Path, config: Config, deepspeed: dict
         use_cpu=not torch.cuda.is_available(),
         **schedule,
     )
-
-
-def _finish(trainer: LatentTrainer, stage: Stage, setup: Setup, step: Step, seconds: float) -> None:
-    """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
-
-    So it does not matter how the trained model is spread over processes and devices.
-    """
-    state = trainer.state
-    best = step.directory / f"checkpoint-{state.best_global_step}"
-    saved = best if best.is_dir() else Path(str(last_checkpoint(step.directory)))
-    model = stage.model(setup)
-    model.load_state_dict(load_file(saved / SAFE_WEIGHTS_NAME), strict=False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
-    stage.save(model, setup, step.final)
-    step.finish(
-        train_seconds=round(seconds, 1),
-        steps=state.global_step,
-        examples_seen=trainer.sampler.examples_until(state.global_step),
-        parameters=parameters,
-        trained_parameters=trained,
-        validation_accuracy=state.best_metric,
-        best_step=state.best_global_step,
-    )
-    for checkpoint in step.directory.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # the best one is in final/ now
-    best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
-    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)
 
 
 def _checkpoint_activations(model: torch.nn.Module) -> None:

@@ -37,9 +37,9 @@ BUCKET = 50_000_000
 OURS = {
     "optimizer": "learning_rate, weight_decay, beta2",
     "scheduler": "schedule, warmup_ratio, min_lr_ratio",
-    "train_batch_size": "batch_size, accumulation, launch.nproc",
+    "train_batch_size": "batch_size, accumulation, global_batch_size, launch.nproc",
     "train_micro_batch_size_per_gpu": "batch_size, max_tokens",
-    "gradient_accumulation_steps": "accumulation",
+    "gradient_accumulation_steps": "accumulation, global_batch_size",
     "gradient_clipping": "max_grad_norm",
     "prescale_gradients": "normalisation",
     "gradient_predivide_factor": "normalisation",
@@ -165,7 +165,7 @@ def loading(config: Config) -> Iterator[None]:
 
 
 def one_dtype(model: nn.Module, deepspeed: dict[str, Any] | None) -> None:
-    """Round what is trained beside bfloat16 weights (the marker) to their type, as DeepSpeed does but for ZeRO-3."""
+    """Round marker and thoughts beside bfloat16 weights to their type, as DeepSpeed does but for ZeRO-3."""
     if deepspeed and "bf16" in deepspeed:
         for parameter in model.parameters():
             if not is_partitioned([parameter]):

@@ -82,7 +82,7 @@ def test_an_empty_value_is_the_empty_string_and_a_value_may_hold_an_equals_sign(
         ("data.on_error=ignore", "data.on_error: Invalid value 'ignore', expected one of ['raise', 'skip']"),
         # out of range
         ("latent.rate=0", "latent.rate: got 0, expected an integer >= 1 (CoT tokens per latent)."),
-        ("latent.top_k=0", "latent.top_k: got 0, expected an integer >= 1."),
+        ("latent.top_k=-1", "latent.top_k: got -1, expected 0 (the whole vocabulary) or an integer >= 1."),
         ("latent.temperature=0", "latent.temperature: got 0.0, expected a number > 0."),
         ("latent.decode_temperature=-1", "latent.decode_temperature: got -1.0, expected a number > 0."),
         ("latent.noise_clip=[3,1]", "latent.noise_clip: got (3.0, 1.0), expected [low, high] with low < high."),
@@ -202,3 +202,47 @@ def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) 
     assert config.latent.noise_scale == 0.5
     assert load_config(None).latent.exclude_end is True
     assert load_config(None, ["compat=published"]).latent.marker_positions == "stretched"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained", "precision"),
+    [
+        ([], "float32", "no"),
+        (["cot.mixed_precision=bf16"], "float32", "bf16"),
+        (["model.dtype=bfloat16"], "float32", "bf16"),
+        (["model.dtype=bfloat16", "model.lora.rank=4"], "bfloat16", "no"),
+        (["model.dtype=bfloat16", "launch.zero=2"], "bfloat16", "no"),
+        (["model.dtype=float16"], "float32", "fp16"),
+        (["model.dtype=float16", "model.lora.rank=4"], "float16", "fp16"),
+    ],
+)
+def test_what_is_trained_is_float32_or_has_copies_of_it(overrides: list[str], trained: str, precision: str) -> None:
+    config = load_config(None, overrides)
+    assert (config.trained_model.dtype, config.precision("cot")) == (trained, precision)
+
+
+def test_adapters_count_twice_unless_said() -> None:
+    """alpha / rank is 2 at every rank, and the file of a run says which number that was."""
+    for rank in (2, 64):
+        config = load_config(None, [f"model.lora.rank={rank}"])
+        assert config.model.lora.alpha == 2 * rank
+        assert f"alpha: {2.0 * rank}" in to_yaml(config)
+    assert load_config(None, ["model.lora.rank=8", "model.lora.alpha=4"]).model.lora.alpha == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cot.global_batch_size=-1"], "cot.global_batch_size: got -1, expected 0 or a number of examples"),
+        (["cot.global_batch_size=64", "cot.max_tokens=99"], "cot.global_batch_size: got 64, expected 0, where max_tok"),
+        (["cot.global_batch_size=64", "cot.accumulation=2"], "cot.accumulation: got 2, expected 1, or global_batch_si"),
+    ],
+)
+def test_a_global_batch_is_the_only_one_to_say_what_a_step_takes(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, overrides)
+
+
+def test_gradients_of_float16_need_their_scaler() -> None:
+    with pytest.raises(ConfigError, match=r"cot.mixed_precision: got 'bf16', expected fp16, as model.dtype=float16"):
+        load_config(None, ["model.dtype=float16", "cot.mixed_precision=bf16"])

@@ -1,13 +1,18 @@
-"""An experiment is found by path first, then by the name of a preset."""
+"""An experiment is found by path first, then by the name of a preset; published recipes say what is published."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from recipe_cases import BASES, INSTRUCTION, QUESTION, base_tokenizer, data_overrides
 
 from latent_sft.config import presets
+from latent_sft.config.load import load_config
+from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
+from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError
+from latent_sft.plan import steps
 
 
 @pytest.fixture
@@ -60,3 +65,64 @@ def test_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert presets.preset_paths() == {}
     with pytest.raises(ConfigError, match="Give the path of a YAML file"):
         presets.resolve_config("quickstart")
+
+
+Q = QUESTION.format(10)
+# prompt, CoT, delimiter, answer and its end, as the published code writes them; «» is around what is ours instead
+PUBLISHED = {
+    "gsm8k_llama1b": (
+        f"«<|begin_of_text|>»<|start_header_id|>user<|end_header_id|>\n\n{INSTRUCTION}\n{Q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n<think>",
+        "<<10-3=7>> <<7*2=14>>",
+        "</think>",
+        "«14»<|eot_id|>",
+    ),
+    "math_qwen7b": (
+        f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n<think>",
+        "Okay, 10 eggs.\n\nThen 7 are left, so $14.",
+        "</think>",
+        "He makes $\\boxed{14}$ dollars.<|endoftext|>",
+    ),
+    "kava_llama1b": (
+        f"<|begin_of_text|>{Q}«<think>»",
+        "<<10-3=7>>«\n»<<7*2=14>>",
+        "«</think>»The answer is:",
+        "14<|eot_id|>",
+    ),
+    "codi_llama1b": (
+        f"<|begin_of_text|>{Q}«<think>»",
+        "<<10-3=7>> <<7*2=14>>",
+        "«</think>»The answer is: ",
+        "14<|eot_id|>",
+    ),
+    "pccot_gpt2": (f"{Q}«<think>»", "<<10-3=7>>«\n»<<7*2=14>>", "«</think>»The answer is:", "14<|endoftext|>"),
+    "coconut_gpt2": (f"{Q}\n«<think>»", "<<10-3=7>>\n<<7*2=14>>", "«</think>»", "14<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_recipe_writes_published_rows_as_published(recipe: str, tmp_path: Path) -> None:
+    path = presets.resolve_config(recipe)
+    config = load_config(path, [*data_overrides(recipe, 4, tmp_path), "data.validation_size=1", "data.on_error=raise"])
+    splits, tokenizer = load_splits(config.data), base_tokenizer(BASES[recipe])
+    fix_date(tokenizer, config.prompt.date)
+    spec = build_spec(tokenizer, config, len(tokenizer))
+    row = tokenize_record(tokenizer, spec, {r.problem: r for r in (*splits.train, *splits.validation)}[Q])
+    found = [tokenizer.decode(part) for part in (row["prompt"], row["cot"], spec.end_think_ids, row["answer"])]
+    expected = [part.replace("«", "").replace("»", "") for part in PUBLISHED[recipe]]
+    assert found == expected
+    assert (row["reference"], len(row["step_lengths"])) == ("14", 2)
+    marks, ours = path.read_text().count("deviation: "), sum(part.count("«") for part in PUBLISHED[recipe])
+    assert marks >= ours, "what is not as published is marked in the recipe"
+    # test rows have other fields; they are asked in the same words and graded by their own answer
+    asked = tokenize_record(tokenizer, spec, splits.test[0])
+    assert tokenizer.decode(asked["prompt"]) == expected[0].replace(" 10 eggs", " 2010 eggs")
+    assert (asked["reference"], len(splits.test)) == ("4014", 4)
+    assert {"eval", "report"} < {*steps(config)}
+
+
+def test_the_distilled_position_is_the_token_before_the_number() -> None:
+    for recipe, last in (("kava_llama1b", ":"), ("pccot_gpt2", ":"), ("codi_llama1b", " ")):
+        tokenizer = base_tokenizer(BASES[recipe])
+        spec = build_spec(tokenizer, load_config(presets.resolve_config(recipe)), len(tokenizer))
+        assert tokenizer.decode(spec.end_think_ids[-1:]) == last

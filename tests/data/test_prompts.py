@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
+from latent_sft.data.dataset import tokenizer_fingerprint
 from latent_sft.data.formats import Record
-from latent_sft.data.prompts import build_spec, encode_text, render_prompt, tokenize_record
+from latent_sft.data.prompts import build_spec, encode_text, fix_date, render_prompt, tokenize_record
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.tiny_tokenizer import build_tokenizer
@@ -37,6 +41,14 @@ NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + ROLE_LINES
 )
 OPENS_THINKING = ROLE_LINES.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# as Llama 3 does it: the day stands in the system turn, which is there in any case
+DATED = (
+    "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}'
+    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
+    "{{- '<|start|>system<|end|>\n\nToday Date: ' + date_string + '<|turn|>' }}"
+    + HEADERS.replace("{{ bos_token }}", "")
+)
 
 
 def make_tokenizer(
@@ -123,6 +135,66 @@ def test_a_template_that_opens_the_thinking_is_not_given_it_twice() -> None:
     tokenizer = make_tokenizer(OPENS_THINKING)
     text = tokenizer.decode(render_prompt(tokenizer, make_spec(tokenizer), "p"))
     assert text == "<|start|>user\np<|end|>\n<|start|>assistant\n<think>"
+
+
+def at_midnight(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    class Today(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.fromisoformat(day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)
+
+
+def test_no_prompt_depends_on_the_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = set()
+    for day in ("2026-11-30", "2027-01-01"):
+        at_midnight(monkeypatch, day)
+        tokenizer = make_tokenizer(DATED)
+        assert f"Date: {day[-2:]}" in tokenizer.apply_chat_template([{"role": "user", "content": "p"}], tokenize=False)
+        fix_date(tokenizer, PromptConfig().date)
+        ids = render_prompt(tokenizer, make_spec(tokenizer), "p")
+        found.add((*ids, tokenizer_fingerprint(tokenizer)))
+        assert "Today Date: 26 Jul 2024<|turn|><|start|>user" in tokenizer.decode(ids)
+        # whoever loads a saved copy, such as an export, gets the same prompt
+        tokenizer.save_pretrained(tmp_path / day)
+        copy = AutoTokenizer.from_pretrained(tmp_path / day)
+        chat = copy.apply_chat_template([{"role": "user", "content": "p"}], add_generation_prompt=True)
+        assert [*chat["input_ids"], *make_spec(tokenizer).think_ids] == ids
+    assert len(found) == 1
+
+
+def test_the_day_is_part_of_the_fingerprint() -> None:
+    found = []
+    for day in ("2024-07-26", "2025-01-01"):
+        tokenizer = make_tokenizer(DATED)
+        fix_date(tokenizer, day)
+        found.append(tokenizer_fingerprint(tokenizer))
+    assert "01 Jan 2025" in str(tokenizer.chat_template)
+    assert found[0] != found[1]
+    with pytest.raises(ConfigError, match=r"prompt\.date: got '26 Jul 2024', expected a day, as 2024-07-26"):
+        PromptConfig(date="26 Jul 2024")
+
+
+def test_templates_without_a_date_by_name_or_with_a_computed_one() -> None:
+    tokenizer = make_tokenizer(HEADERS)
+    fix_date(tokenizer, "2024-07-26")
+    assert tokenizer.chat_template == HEADERS
+    fix_date(RESERVED, "2024-07-26")
+    assert RESERVED.chat_template is None
+    tokenizer.chat_template = {"default": HEADERS, "tools": "{{ strftime_now( '%Y/%m' ) }}"}
+    fix_date(tokenizer, "2024-07-26")
+    assert tokenizer.chat_template == {"default": HEADERS, "tools": "{{ '2024/07' }}"}
+    tokenizer.chat_template = "{% set f = '%Y' %}{{ strftime_now(f) }}"
+    with pytest.raises(ConfigError, match=r"asks for today's date by 'strftime_now\(f\)"):
+        fix_date(tokenizer, "2024-07-26")
+
+
+def test_a_text_with_the_control_tokens_of_another_model_is_refused() -> None:
+    text = "<|start|>user<|end|>\n\n{problem}<|turn|>"
+    assert make_spec(make_tokenizer(HEADERS), template=text).prompt_template == text
+    with pytest.raises(ConfigError, match=r"prompt\.template: has '<\|start\|>', which is no token of this model"):
+        make_spec(RESERVED, template=text)
 
 
 @pytest.mark.parametrize(("template", "end"), [(HEADERS, "<|turn|>"), (ROLE_LINES, "<|end|>"), (NO_SYSTEM, "<|end|>")])
@@ -273,6 +345,16 @@ def test_a_cot_with_the_closing_delimiter_is_an_error(tokenizer: PreTrainedToken
     assert (
         tokenizer.decode(tokenize_record(tokenizer, make_spec(tokenizer), problem)["answer"]) == "a tag </think><eos>"
     )
+
+
+def test_delimiters_around_a_cot_are_taken_off() -> None:
+    spec = make_spec(SEVERAL)
+    wrapped = dataclasses.replace(RECORD, cot="<think>\nfirst\nthen\n</think>", steps=("<think>", "first"))
+    row = tokenize_record(SEVERAL, spec, wrapped)
+    assert SEVERAL.decode(row["cot"]) == "first\nthen"
+    assert (row["steps"], len(row["step_lengths"])) == (["first", "then"], 2)
+    with pytest.raises(DataError, match="contains the closing delimiter"):
+        tokenize_record(SEVERAL, spec, dataclasses.replace(wrapped, cot="<think></think>"))
 
 
 def test_settings_the_tokenizer_cannot_follow() -> None:

@@ -277,3 +277,11 @@ def test_the_terminal_shows_some_columns_of_the_same_table():
     shown = table.terminal("title", ["model", "n", "accuracy %", "train time"])
     assert [column.header for column in shown.columns] == ["model", "accuracy %", "n"]
     assert [list(column.cells) for column in shown.columns] == [["cot"], ["0.0"], ["1"]]
+
+
+def test_skipped_rows_stand_beside_the_accuracy_where_there_are_any():
+    rows = [{"model": "cot", "split": "test", "accuracy": 0.5, "num_examples": 6}] * 2
+    assert "skipped" not in result_table(rows).header
+    header, cells = result_table([rows[0], {**rows[1], "skipped": {"bad row": 1, "too long": 1200}}])
+    assert header[2:5] == ["accuracy %", "n", "skipped"]
+    assert [line[4] for line in cells] == ["–", "1,201 (1 bad row, 1,200 too long)"]

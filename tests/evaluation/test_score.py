@@ -17,6 +17,7 @@ def decode_text(ids):
 
 def row(id, reference, cot, num_steps):
     return {
+        "answer": [WORDS.index(word) for word in reference] + [SPEC.eos_id],
         "id": id,
         "problem": f"problem {id}",
         "reference": reference,
@@ -79,6 +80,21 @@ def test_explicit_by_hand():
         "2": {"accuracy": 0.5, "accuracy_se": 0.5, "num_examples": 2},
     }
     assert "ecr" not in summary and "latent_entropy_mean" not in summary
+
+
+def test_accuracy_by_position_by_hand():
+    """`345#` and `5#`: each place of the reference, its end included; what is said behind it does not count."""
+    rows = [row("a", "345", [], 1), row("b", "5", [], 1)]
+    decoded = [explicit([5, 6, 7], 1), explicit([5, 7], 1), explicit([7, 7, 7], 1), explicit([7], 1, finished=False)]
+    summary, _ = run(decoded, rows, samples_per_problem=2)
+    assert summary["accuracy_by_position"] == {
+        "1": {"accuracy": 1.0, "num_examples": 2},  # 3, 3, 5, 5
+        "2": {"accuracy": 0.25, "num_examples": 2},  # 4; 5; 5 where b ends; nothing
+        "3": {"accuracy": 0.5, "num_examples": 1},  # 5; the end, too early
+        "4": {"accuracy": 0.5, "num_examples": 1},  # the end; nothing
+    }
+    long = [row("a", "3" * 40, [], 1)]
+    assert list(run([explicit([5] * 40, 1)], long)[0]["accuracy_by_position"]) == [str(i) for i in range(1, 33)]
 
 
 def test_latent_numbers_by_hand():

@@ -21,14 +21,14 @@ class Forbidden:
 sys.meta_path.insert(0, Forbidden())
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 folder, request = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
 torch.set_num_threads(1)
 
 
 def padded(prompts, side):
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, trust_remote_code=True)
     return tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
 
 
@@ -38,7 +38,7 @@ def latents(output):
 
 
 results = {}
-plain = AutoModelForCausalLM.from_pretrained(folder)
+plain = LlamaForCausalLM.from_pretrained(folder)
 trusting = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 for side in ("left", "right"):
     inputs = padded(request["prompts"], side)
@@ -80,6 +80,23 @@ try:
     plain.generate(one, custom_generate=folder, trust_remote_code=False)
 except Exception as error:
     results["untrusted"] = type(error).__name__
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+except Exception as error:
+    results["loaded without trust"] = str(error)
+copy = Path("../saved by transformers").absolute()
+trusting.save_pretrained(copy)
+AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
+saved = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+again = Path("../saved again").absolute()
+saved.save_pretrained(again)
+results["saved"] = [
+    AutoModelForCausalLM.from_pretrained(p, trust_remote_code=True).generate(one).tolist() for p in (copy, again)
+]
+results["saved files"] = [
+    sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.is_file() and "pycache" not in str(p))
+    for f in (Path(folder), copy)
+]
 printed = []
 scope = {}
 for code in request["card"]:
@@ -87,4 +104,4 @@ for code in request["card"]:
         exec(code, scope)
     printed.append(out.getvalue())
 results["card"] = printed
-sys.stdout.write(json.dumps(results) + "\n")
+sys.stdout.write("\n" + json.dumps(results) + "\n")  # where a terminal would be, transformers asks a question

@@ -29,7 +29,7 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def evaluated(folder: Path, split: str, *, accuracy: float, sample: bool = False) -> None:
+def evaluated(folder: Path, split: str, *, accuracy: float, **settings: Any) -> None:
     """Write what an evaluation of the model with fingerprint `f` leaves."""
     summary = {
         "accuracy": accuracy,
@@ -39,7 +39,7 @@ def evaluated(folder: Path, split: str, *, accuracy: float, sample: bool = False
         "grader": "auto",
     }
     (folder / f"{split}.json").write_text(json.dumps({"summary": summary}))
-    inputs = {"model": "f", "eval": dataclasses.asdict(EvalConfig(sample=sample))}
+    inputs = {"model": "f", "eval": dataclasses.asdict(EvalConfig(**settings))}
     (folder / split).mkdir()
     (folder / split / "manifest.json").write_text(json.dumps({"inputs": inputs}))
 
@@ -94,15 +94,21 @@ def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     )
     evaluated(tmp_path, "test", accuracy=0.5, sample=True)
     evaluated(tmp_path, "validation", accuracy=1.0)
-    facts = facts_of_run(config, {"fingerprint": "f", "inputs": {"data": {"num_train": 10}}}, tmp_path)
+    facts = facts_of_run(config, {"fingerprint": "f", "train_rows": 10}, tmp_path)
     card = model_card(spec, tokenizer, facts)
     assert front_matter(card)["base_model"] == "org/base-1b"
     assert front_matter(card)["license"] == "apache-2.0"
     first = card.index("| validation | 100.0 % | 2 | 3.0 | auto | greedy |")
-    second = card.index("| test | 50.0 % | 2 | 3.0 | auto | sampled, temperature 0.6, top-p 0.95, noisy latents |")
+    second = card.index("| test | 50.0 % | 2 | 3.0 | auto | sampled, temperature 0.6, top-p 0.95 |")
     assert first < second
     assert "File `train.jsonl`, read as `records`; 10 training problems" in card
     assert "secret" not in card
+
+
+def test_noisy_latents_are_named(tmp_path: Path) -> None:
+    evaluated(tmp_path, "test", accuracy=0.5, sample=True, latent_noise=True)
+    found = facts_of_run(Config(), {"fingerprint": "f"}, tmp_path).results
+    assert found["test"]["decoding"] == "sampled, temperature 0.6, top-p 0.95, noisy latents"
 
 
 def test_measurements_of_an_earlier_training_are_left_out(tmp_path: Path) -> None:

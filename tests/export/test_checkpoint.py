@@ -33,9 +33,12 @@ def test_the_folder_holds_what_a_model_needs_and_nothing_else(
     out = export_checkpoint(checkpoint, tmp_path / "deep" / "out")
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "README.md",
+        "chat_template.jinja",
         "config.json",
         "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
         "generation_config.json",
+        "latent_model.py",
         "latent_spec.json",
         "model.safetensors",
         "tokenizer.json",
@@ -131,11 +134,11 @@ def test_a_damaged_source_is_one_clear_error(
 
 
 def finished_run(checkpoint: Path, run: Path, *, finish: bool) -> Config:
-    step = Step(directory=run / "stage2", inputs={"data": {"num_train": 1234}})
+    step = Step(directory=run / "stage2", inputs={})
     step.begin(seed=3)
     shutil.copytree(checkpoint, step.final)
     if finish:
-        step.finish(train_seconds=1.0)
+        step.finish(train_seconds=1.0, train_rows=1234)
     return Config(name="demo", run_dir=str(run), seed=3)
 
 
@@ -149,7 +152,7 @@ def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> N
     summary = {"accuracy": 0.874, "accuracy_se": 0.0123, "num_examples": 500, "reasoning_steps_mean": 11.96}
     summary["grader"] = "numeric"
     (run / "eval" / "latent-sft" / "test.json").write_text(json.dumps({"summary": summary, "problems": []}))
-    out = export_run(config)
+    out = export_run(config, "latent-sft", run / "export")
     assert out == run / "export"
     card = (out / "README.md").read_text()
     assert "# demo\n" in card
@@ -160,7 +163,7 @@ def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> N
 def test_an_unfinished_stage_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
     config = finished_run(checkpoint, tmp_path / "run", finish=False)
     with pytest.raises(ArtefactError, match=r"stage2: not finished yet"):
-        export_run(config, tmp_path / "out")
+        export_run(config, "latent-sft", tmp_path / "out")
     with pytest.raises(ArtefactError, match=r"stage2: not finished yet"):
-        export_run(Config(run_dir=str(tmp_path / "nothing")))
+        export_run(Config(run_dir=str(tmp_path / "nothing")), "latent-sft", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,8 @@ from latent_sft.method.types import LatentSpec
 
 REFUSED = {
     "num_beams": {"num_beams": 2},
-    "stopping_criteria": {"stopping_criteria": [1]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": 1},
+    "a typo": {"max_new_token": 1},
     "input_ids": {"input_ids": None},
 }
 
@@ -135,13 +136,26 @@ def test_noise_and_sampling_follow_the_global_seed(results: dict[str, Any]) -> N
 def test_arguments_that_mean_nothing_here_are_refused(results: dict[str, Any]) -> None:
     assert results["errors"] == {
         "num_beams": "ValueError: num_beams: not available in latent decoding.",
-        "stopping_criteria": "ValueError: stopping_criteria: not available in latent decoding.",
+        "prefix_allowed_tokens_fn": "ValueError: prefix_allowed_tokens_fn: not available in latent decoding.",
+        "a typo": "ValueError: max_new_token: not available in latent decoding.",
         "input_ids": "ValueError: input_ids: expected token ids of shape [batch, length].",
     }
 
 
 def test_code_does_not_run_without_trust(results: dict[str, Any]) -> None:
     assert results["untrusted"] == "ValueError"
+
+
+def test_a_model_is_not_loaded_without_trust(results: dict[str, Any]) -> None:
+    """It would write plain tokens, and nobody would know."""
+    assert "contains custom code which must be executed to correctly load the model" in results["loaded without trust"]
+    assert "trust_remote_code=True" in results["loaded without trust"]
+
+
+def test_what_transformers_saves_thinks_in_latents_too(results: dict[str, Any]) -> None:
+    assert results["saved"] == [results["positional"]] * 2
+    exported, saved = results["saved files"]
+    assert saved == exported
 
 
 def test_the_code_of_the_card_runs_as_written(

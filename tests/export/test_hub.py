@@ -213,11 +213,11 @@ FROM_THE_HUB = """
 import json, sys
 sys.modules["latent_sft"] = None  # importing it fails
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 ids = torch.tensor(json.loads(sys.argv[1]))
 trusting = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)
-plain = AutoModelForCausalLM.from_pretrained("me/model")
+plain = LlamaForCausalLM.from_pretrained("me/model")
 output = plain.generate(ids, custom_generate="me/model", trust_remote_code=True)
 print(json.dumps([trusting.generate(ids).tolist(), output.tolist()]))
 """
@@ -254,7 +254,8 @@ def test_an_uploaded_repository_runs_from_its_name(hub: Hub, folder: Path, spec:
     push(folder, "me/model")
     prompt = [7, 5, *spec.think_ids]
     found = run_from_the_hub(hub, prompt, tmp_path)
-    row = generate(AutoModelForCausalLM.from_pretrained(folder), spec, [prompt], thinker="latent")[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    row = generate(model, spec, [prompt], thinker="latent")[0]
     assert found == [[sequence_of(prompt, row, spec)]] * 2
 
 
@@ -267,8 +268,8 @@ def test_thoughts_in_hidden_states_come_from_the_hub_too(
     prompt = [7, 5, *spec.think_ids]
     found = run_from_the_hub(hub, prompt, tmp_path)
     how = ThoughtSpec(num_latents=5, iterations=2, projection=True)
-    thoughts = load_thoughts(folder / "thoughts.safetensors", how, torch.float32, torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    thoughts = load_thoughts(folder / "thoughts.safetensors", how, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     row = generate(model, spec, [prompt], thinker="continuous", thoughts=thoughts)[0]
     assert found == [[sequence_of(prompt, row, spec)]] * 2
 

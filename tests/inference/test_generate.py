@@ -235,6 +235,30 @@ def test_rows_that_are_done_do_not_leave_the_known_positions():
     assert all(same(a, b) for a, b in zip(found, free, strict=True))
 
 
+@pytest.mark.parametrize("thinker", ["latent", "explicit"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_process_goes_on_with_the_others_of_its_job(family, thinker):
+    """Another one has problems for 90 steps more, beyond the buffers of this one: as many calls, the same results."""
+    model, calls = model_of(family), []
+    model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    alone = generate(model, SPEC, PROMPTS, thinker=thinker, max_cot_tokens=MAX_COT)
+    counts = []
+    for others in (0, 90):
+        calls.clear()
+        left = iter([True] * others)
+        found = generate(
+            model,
+            SPEC,
+            PROMPTS,
+            thinker=thinker,
+            max_cot_tokens=MAX_COT,
+            together=lambda busy: busy or next(left, False),  # noqa: B023
+        )
+        assert all(same(a, b) for a, b in zip(found, alone, strict=True))
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 90
+
+
 def test_min_latents_hold_the_end_back_and_zero_latents_never_think():
     model = model_of("llama")
     for changes in ({"min_latents": 3}, {"max_latents": 0}, {"min_latents": 4}, {"exclude_end": False}):

@@ -23,10 +23,10 @@ def test_a_problem_draws_the_same_wherever_it_sits():
     together = [one.draw([4, 7, None]) for _ in range(2)]
     alone = [other.draw([7]) for _ in range(2)]
     for (tokens, latents), (token, latent) in zip(together, alone, strict=True):
-        assert tokens.shape == (3, 9) and latents.shape == (NOISE_DRAWS, 3, 4)
+        assert tokens.shape == (3,) and latents.shape == (NOISE_DRAWS, 3, 4)
         assert torch.equal(tokens[1], token[0]) and torch.equal(latents[:, 1], latent[:, 0])
-        assert not torch.equal(tokens[0], tokens[1])
-        assert not tokens[2].any() and not latents[:, 2].any()
+        assert tokens[0] != tokens[1]
+        assert tokens[2] == 0 and not latents[:, 2].any()
     assert not torch.equal(together[0][0], together[1][0])
 
 
@@ -71,3 +71,19 @@ def test_temperature_sharpens():
     noise = Noise(sampling, spec, True, CPU).draw(range(2000))[0]
     drawn = sample(torch.tensor([0.8, 0.2]).log().expand(2000, 2), noise, sampling).tolist()
     assert drawn.count(0) / 2000 == pytest.approx(16 / 17, abs=0.016)
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_the_least_and_the_largest_number_pick_entries_of_the_nucleus(top_p):
+    logits = torch.tensor([[float("-inf"), 1.0, float("-inf"), 0.9, float("-inf")]])
+    drawn = [sample(logits, torch.tensor([u]), Sampling(temperature=0.7, top_p=top_p)) for u in (0.0, 1 - 2.0**-24)]
+    assert torch.cat(drawn).tolist() == [1, 3]
+
+
+def test_one_number_is_drawn_a_row_whatever_the_vocabulary(monkeypatch):
+    """While rows think, no noise as wide as the vocabulary is made either."""
+    asked = []
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: asked.append(rand(*shape, **how)) or asked[-1])
+    Noise(Sampling(temperature=1.0), dataclasses.replace(SPEC, vocab_size=152_000), True, CPU).draw(range(64))
+    assert sum(drawn.numel() for drawn in asked) == 64

@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from latent_sft.method.projection import superpose_states
 from latent_sft.method.superposition import (
     GROUP,
     combine,
@@ -21,6 +24,7 @@ from latent_sft.method.superposition import (
     mix,
     perturb,
     superpose,
+    weighted,
 )
 from latent_sft.method.types import Superposition
 
@@ -117,6 +121,42 @@ def test_half_precision_logits_get_float32_weights() -> None:
 def test_combine_is_mix_after_the_lookup() -> None:
     latent, table = random_latents(0, (2, 3, 4), 9), torch.randn(9, 5, dtype=torch.float64)
     assert torch.allclose(combine(table[latent.ids], latent.weights), mix(latent, table), rtol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most entries of any tensor that an operation makes, forward or backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("exclude", [None, 3])
+def test_the_whole_vocabulary_is_one_product_and_equals_looking_up_every_row(exclude: int | None) -> None:
+    """Forward and gradients, and nothing of the size `[..., V, D]` is made."""
+    vocab, width, generator = 500, 24, torch.Generator().manual_seed(0)
+    table = torch.randn(vocab, width, generator=generator)
+    hidden = torch.randn(2, 3, width, generator=generator, requires_grad=True)
+    wanted = torch.randn(2, 3, width, generator=generator)
+    kept, ids, _ = largest_but(hidden @ table.T, vocab, vocab if exclude is None else exclude)
+    by_rows = combine(table[ids], weighted(kept, ids, 1.5).weights)
+    (gradient,) = torch.autograd.grad(by_rows, hidden, wanted)
+    with LargestTensor() as made:
+        mixed = mix(superpose_states(hidden, table, vocab, 1.5, exclude), table)
+        (mixed * wanted).sum().backward()
+    assert torch.allclose(mixed, by_rows, atol=1e-5)
+    assert torch.allclose(hidden.grad, gradient, atol=1e-5)
+    assert made.numel <= vocab * width
+
+
+def test_a_token_among_mixtures_of_the_whole_vocabulary_is_itself() -> None:
+    """Rows that are not thinking are fed one id in every place, with all weight on the first."""
+    table = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    fed = Superposition(torch.full((1, 6), 5), torch.eye(6)[:1])
+    assert torch.equal(mix(fed, table), table[5:])
 
 
 @settings(deadline=None, max_examples=40)

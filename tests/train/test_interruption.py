@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(tiny_config, tmp_path, prep
     results = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, stopped)]
     assert results[0]["best_step"] == results[1]["best_step"]
     assert results[0]["validation_accuracy"] == results[1]["validation_accuracy"]
-    assert not list(stopped.glob("checkpoint-*"))
+    kept = {f"checkpoint-{results[1][which]}" for which in ("steps", "best_step")}
+    assert {p.name for p in stopped.glob("checkpoint-*")} == kept
 
 
 def test_a_stop_at_the_end_of_an_epoch_evaluates_it_first(tiny_config):
@@ -165,6 +167,10 @@ def test_a_killed_stage_uses_the_newest_complete_checkpoint(tiny_config, tmp_pat
                 path.write_text(path.read_text()[:20])
             assert last_checkpoint(copy) == str(copy / "checkpoint-2"), (name, damage)
             assert not (copy / "checkpoint-3").exists()
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    state = copy / "checkpoint-3" / "trainer_state.json"
+    state.write_bytes(b"\0" * state.stat().st_size)  # of the right size, as a disk leaves it after a crash
+    assert last_checkpoint(copy) == str(copy / "checkpoint-2")
     (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
     with open(folder / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 3, "train/lo')  # killed while writing
@@ -264,6 +270,20 @@ def test_another_number_of_processes_shares_the_same_step(tmp_path):
     with pytest.raises(ConfigError, match=r"launch.nproc: got 8 processes, expected 4: .* is a ZeRO checkpoint"):
         same_step(train, "cot", found, 8)
     assert same_step(train, "cot", found, 4).accumulation == 2
+
+
+def test_a_global_batch_is_the_step_of_any_number_of_processes(tmp_path):
+    train = TrainConfig(batch_size=4, global_batch_size=64)
+    found = checkpoint_of(tmp_path / "checkpoint-4", processes=2, accumulation=8)
+    for checkpoint in (None, found):
+        assert [same_step(train, "cot", checkpoint, n).accumulation for n in (1, 2, 8)] == [16, 8, 2]
+        # micro-batches of another size are shared out anew
+        assert same_step(replace(train, batch_size=8), "cot", checkpoint, 2).accumulation == 4
+    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(batch_size=4"):
+        same_step(train, "cot", None, 3)
+    (tmp_path / "checkpoint-4" / "global_step4").mkdir()
+    with pytest.raises(ConfigError, match="is a ZeRO checkpoint"):
+        same_step(train, "cot", found, 4)
 
 
 def test_a_stop_before_training_begins_needs_nothing_to_be_closed(tiny_config, monkeypatch):

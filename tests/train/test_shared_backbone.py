@@ -88,7 +88,7 @@ def test_phases_go_on_from_adapters_and_save_plain_models(tiny_config):
     untrained = load_file(finals["stage1-encoder"] / "decoder" / "model.safetensors")
     assert untrained.keys() == base.keys() and all(torch.equal(untrained[name], base[name]) for name in base)
     plain, live = (
-        load_stage1(finals["stage1-union"], config.model, work.spec, "auto").eval(),
+        load_stage1(finals["stage1-union"], config.model, config.model, work.spec).eval(),
         shared_start(work.setup("stage2")).eval(),
     )
     batch = stage1_batch(work.data["train"].select(range(4)).to_list(), work.spec, normalisation="token")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from latent_sft.train.run import train_stage
 
@@ -45,3 +47,12 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
         assert len(whole) == 4, tag
         assert cut == pytest.approx(whole, rel=2e-4, abs=1e-6), tag
     assert bool(logged(found["whole"], "train/loss_kv")) == (name == "kava")
+
+
+def test_thoughts_are_trained_in_float32_beside_a_model_in_16_bit(tiny_config, tmp_path):
+    """At the published learning rate, whose steps are below what bfloat16 tells apart from a scale of 1."""
+    config = tiny_config("model.dtype=bfloat16", "model.lora.rank=2", "codi.train.learning_rate=8e-4")
+    train_stage(config, "codi")
+    thoughts = load_file(tmp_path / "run" / "codi" / "final" / "thoughts.safetensors")
+    assert {value.dtype for value in thoughts.values()} == {torch.float32}
+    assert (thoughts["projection.4.weight"] != 1).all()

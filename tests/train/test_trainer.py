@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, TrainingError
-from latent_sft.methods.latent_sft import load_stage1, stage1_batch
+from latent_sft.methods import SECTIONS
+from latent_sft.methods.latent_sft import LABELS, load_stage1, stage1_batch
+from latent_sft.stores import make_labels
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
@@ -45,6 +49,26 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
     assert len(runs["whole"][0]) == 4
     assert runs["cut"][0] == pytest.approx(runs["whole"][0], rel=1e-4)
     assert runs["cut"][1] == pytest.approx(runs["whole"][1], rel=1e-3)
+
+
+def test_a_global_batch_decides_the_accumulation(tiny_config, tmp_path, caplog):
+    """The step of eight examples and its losses stay, and the job says what a step takes."""
+    found = []
+    for name, settings in (("whole", ["cot.batch_size=8"]), ("cut", ["cot.batch_size=2", "cot.global_batch_size=8"])):
+        with caplog.at_level("INFO", logger="latent_sft"):
+            step = train_stage(tiny_config(f"run_dir={tmp_path / name}", *settings), "cot")
+        found.append(logged(step.directory, "train/loss"))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert "cot: a step takes 8 examples (8 a micro-batch x accumulation 1 x 1 process)" in caplog.text
+    assert "cot: a step takes 8 examples (2 a micro-batch x accumulation 4 x 1 process)" in caplog.text
+
+
+def test_a_stage_is_the_same_however_its_batch_is_cut_and_its_adapters_are_said(tiny_config):
+    """Equal fingerprints; and another where the step has another size, the adapters another scale."""
+    plain = ["cot.batch_size=2", "cot.global_batch_size=8", "model.lora.rank=4"]
+    ways = [[], ["cot.batch_size=4"], ["model.lora.alpha=8"], ["cot.global_batch_size=16"], ["model.lora.alpha=4"]]
+    first, *others = (Workspace(tiny_config(*plain, *way)).step("cot").fingerprint for way in ways)
+    assert [other == first for other in others] == [True, True, False, False]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path):
@@ -282,8 +306,34 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
     model = load_stage1(
-        Path(config.directory) / "stage1-union" / "final", config.model, Workspace(config).spec, "auto"
+        Path(config.directory) / "stage1-union" / "final", config.model, config.model, Workspace(config).spec
     ).eval()
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
+
+
+def test_latents_of_the_whole_vocabulary_are_trained_and_learnt(tiny_config):
+    """`latent.top_k=0`, the paper's definition, is top_k of the vocabulary's size: the same steps."""
+    settings = ("stage1.encoder.enabled=false", "stage1.decoder.enabled=false", "stage1.union.max_steps=1")
+    config = tiny_config(*settings, "stage1.union.eval_every=1", "stage2.eval_every=4", "latent.top_k=0")
+    work = Workspace(config)
+    train_stage(config, "stage1-union", work)
+    make_labels(config, work)
+    step = train_stage(config, "stage2", work)
+    store = LabelStore(work.store_step(LABELS).directory / "store", expect=work.store_made_from(LABELS))
+    assert store.top_k == work.spec.top_k == work.spec.vocab_size
+    assert all(map(math.isfinite, logged(step.directory, "train/loss_kl")))
+    named = tiny_config(*settings, "stage1.union.eval_every=1", f"latent.top_k={work.spec.vocab_size}")
+    assert Workspace(named).store_step(LABELS).is_finished()
+
+
+@pytest.mark.parametrize(("stage", "part"), [("cot", "."), ("stage1-encoder", "encoder"), ("codi", ".")])
+def test_a_whole_model_of_bfloat16_keeps_small_updates(tiny_config, tmp_path, stage, part):
+    """A step of 1e-5 is less than half of what bfloat16 tells apart in most weights; all of them have to move."""
+    config = tiny_config("model.dtype=bfloat16", f"{SECTIONS[stage]}.learning_rate=1e-5")
+    step = train_stage(config, stage)
+    ours = load_file(step.final / part / "model.safetensors")
+    base = weights(tmp_path / "run" / "base")
+    moved = sum((ours[name] != base[name].to(ours[name].dtype)).sum().item() for name in ours)
+    assert moved > 0.99 * sum(value.numel() for value in ours.values())

@@ -1,6 +1,6 @@
 """Started by torchrun from test_zero.py: trains stages under ZeRO 1, 2 and 3 on two processes, in one job.
 
-zero_job.py FOLDER [hang]
+zero_job.py FOLDER [hang | halves]
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from conftest import TINY
 import latent_sft.train.run as run
 from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
-from latent_sft.methods import SECTIONS
+from latent_sft.methods import SECTIONS, STAGES
 from latent_sft.stores import make_labels
+from latent_sft.train import share
 from latent_sft.train.run import train_stage
+from latent_sft.workspace import processes
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
 THOUGHTS = ("kava", "coconut")
@@ -33,7 +35,7 @@ SHARED = [
 ]
 RATES = [f"{section}.learning_rate=1e-3" for section in SECTIONS.values()]
 SHORT = [
-    f"{s}.{v}" for s in SECTIONS.values() for v in ("max_steps=3", "eval_every=3", "save_every=2", "eval_examples=4")
+    f"{s}.{v}" for s in SECTIONS.values() for v in ("max_steps=3", "eval_every=3", "save_every=2", "eval_examples=5")
 ]
 
 
@@ -41,12 +43,17 @@ class Killed(BaseException):
     """Nobody catches it, like a signal."""
 
 
-def config_of(folder: Path, name: str, zero: int, *, shared: bool = False) -> Config:
+# adapters beside a model in 16 bit, with and without autocast
+HALVES = ["model.dtype=bfloat16", "model.lora.rank=2"]
+AUTOCAST = [f"{section}.mixed_precision=bf16" for section in SECTIONS.values()]
+
+
+def config_of(folder: Path, name: str, zero: int, *more: str, shared: bool = False) -> Config:
     """Return the experiment: 8 examples a step in one process, or 2 x 2 x 2 micro-batches with ZeRO."""
     # the model is so small that DeepSpeed would leave all of it in every process
     (folder / "extra.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     overrides = [*TINY, *SHORT, *RATES, "data.synthetic.num_train=60", f"run_dir={folder / name}"]
-    overrides += SHARED if shared else []
+    overrides += [*(SHARED if shared else []), *more]
     if zero:
         overrides += [f"{s}.{v}" for s in SECTIONS.values() for v in ("batch_size=2", "accumulation=2")]
         overrides += ["launch.nproc=2", f"launch.zero={zero}", f"launch.deepspeed={folder / 'extra.json'}"]
@@ -78,11 +85,41 @@ def train_all(config: Config, *, kill: bool) -> None:
         train_stage(config, stage)
 
 
+def count_decoded(path: Path) -> None:
+    """Write down how many rows this process decodes at each validation."""
+    original = share.solve
+
+    def solve(thinker, model, spec, rows, **options):
+        with path.open("a") as handle:
+            handle.write(f"{len(rows)}\n")
+        return original(thinker, model, spec, rows, **options)
+
+    share.solve = solve
+
+
 def main(folder: Path) -> None:
     """Train everything at every level."""
     for zero in (1, 2, 3):
         train_all(config_of(folder, f"zero{zero}", zero), kill=True)
     train_stage(config_of(folder, "zero3-shared", 3, shared=True), "stage1-union")
+    count_decoded(folder / f"decoded-{processes().process_index}.txt")
+    # the second process thinks for longer, and the first one has to go on with it
+    longer = f"eval.max_cot_tokens={8 + 24 * processes().process_index}"
+    train_stage(config_of(folder, "zero3-uneven", 3, longer), "cot")
+    for zero, more in ((1, []), (2, AUTOCAST), (3, [])):
+        train_stage(config_of(folder, f"zero{zero}-halves", zero, *HALVES, *more), "kava")
+
+
+def halves(folder: Path) -> None:
+    """Train every stage at every level beside a model in 16 bit: adapters, under autocast too, and all weights."""
+    short = [f"{section}.{setting}" for section in SECTIONS.values() for setting in ("max_steps=1", "eval_every=1")]
+    for name, more in (("adapters", HALVES), ("autocast", [*HALVES, *AUTOCAST]), ("whole", HALVES[:1])):
+        for zero in (0, 1, 2, 3):
+            config = config_of(folder, f"{name}{zero}", zero, *short, *more)
+            for stage in STAGES:
+                if stage == "stage2":
+                    make_labels(config)
+                train_stage(config, stage)
 
 
 def hang(folder: Path) -> None:
@@ -100,4 +137,4 @@ def hang(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    (hang if "hang" in sys.argv else main)(Path(sys.argv[1]))
+    {"hang": hang, "halves": halves}.get(sys.argv[-1], main)(Path(sys.argv[1]))
