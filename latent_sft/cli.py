@@ -285,16 +285,10 @@ def _export(args: argparse.Namespace) -> None:
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        from latent_sft.plan import exported
+        from latent_sft.plan import chosen_export
 
-        folders = exported(config)
-        model = args.model or next(iter(folders), "")
-        if model not in folders:
-            raise ConfigError(
-                f"export: got model {model!r}, expected a latent reasoner that this experiment trains "
-                f"({', '.join(folders) or 'there is none'})."
-            )
-        out = export_run(config, model, out or Path(config.directory) / folders[model])
+        model, folder = chosen_export(config, args.model)
+        out = export_run(config, model, out or Path(config.directory) / folder)
     print(out)
     if args.push_to_hub:
         from latent_sft.export.hub import push

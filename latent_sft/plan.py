@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_sft.config.experiment import Config
+from latent_sft.errors import ConfigError
 from latent_sft.methods import MODELS, STAGES, method_of
 from latent_sft.runs import FINISHED, Step
 from latent_sft.variants import Job
@@ -42,6 +43,22 @@ def exported(config: Config) -> dict[str, str]:
     """Return the latent reasoners of an experiment, each with the folder of its export: the first one is `export`."""
     names = [name for name in models_of(config) if MODELS[name].role == "latent"]
     return {name: f"export-{name}" if number else "export" for number, name in enumerate(names)}
+
+
+def chosen_export(config: Config, model: str | None = None) -> tuple[str, str]:
+    """Return a latent reasoner, the first one unless it is named, and the folder of its export.
+
+    Raises:
+        ConfigError: the experiment trains none of that name.
+    """
+    folders = exported(config)
+    model = model or next(iter(folders), "")
+    if model not in folders:
+        raise ConfigError(
+            f"export: got model {model!r}, expected a latent reasoner that this experiment trains "
+            f"({', '.join(folders) or 'there is none'})."
+        )
+    return model, folders[model]
 
 
 def meanings() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import latent_sft
+from latent_sft.methods import METHODS, MODELS, STAGES
 
 PACKAGE = Path(latent_sft.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -146,3 +148,21 @@ def test_files_stay_short() -> None:
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "latent_sft.")])
 def test_every_module_imports(name: str) -> None:
     importlib.import_module(name)
+
+
+def test_a_method_is_named_in_its_own_module_only() -> None:
+    """Whatever handles methods iterates over METHODS; what belongs to one stands in its module, words included."""
+    # CoT is what the others start from, and `latent-sft` is the command
+    names = {model for model in MODELS if model not in ("no-cot", "cot", "latent-sft")}
+    names |= {stage for stage in STAGES if stage not in ("no-cot", "cot")}
+    names |= {method.title for method in METHODS if method.title != "CoT-SFT"} - {"Latent-SFT", "Soft Thinking"}
+    pattern = re.compile(rf"(?<![\w.-])({'|'.join(map(re.escape, sorted(names)))})(?![\w.-])", re.IGNORECASE)
+    templates = sorted(PACKAGE.rglob("*.jinja"))
+    found = {
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"
+        for path in [*FILES, *templates]
+        if path.parent.name != "methods"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    }
+    assert not found

@@ -181,7 +181,7 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
     except DataError:
         if spec.segmentation == "step":
             raise
-        step_lengths = []  # only Coconut and the self-distilled methods read them, and say so
+        step_lengths = []  # only methods that replace steps read them, and say so
     segment_lengths = step_lengths if spec.segmentation == "step" else fixed_segments(len(cot), spec.rate)
     prompt = render_prompt(tokenizer, spec, record.problem)
     answer = [*encode_text(tokenizer, answer_text, spec), spec.eos_id]

@@ -149,7 +149,7 @@ def collect(jobs: Sequence[Job]) -> list[Method]:
 def label_methods(methods: list[Method]) -> list[Method]:
     """Name each method after its variant where that contributes just one, else after its model, or after both.
 
-    The gold path comes with every Latent-SFT and does not count.
+    An oracle comes with every model of its method and does not count.
     """
     for method in methods:
         own = [m for m in methods if m.variant == method.variant and role_of(m.model) != "oracle"]

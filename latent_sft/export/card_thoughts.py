@@ -1,4 +1,4 @@
-"""What the model card of a model says that thinks in hidden states (Coconut, CODI, PCCoT, KaVa)."""
+"""What a model card says of the method, and of a model that thinks in hidden states."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ ARGUMENTS = "`do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
 
 def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
     """Return what the model is and how it thinks; `origin` is ` from BASE` or empty."""
-    known = method_of(name) if name else None
-    link = f"[arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv})" if known else ""
-    trained = f"trained with {known.title} ({link})" if known else "trained"
     count = thoughts.num_latents
     if thoughts.iterations == 0:
         how = f"reads {count} pause tokens, one trained embedding fed {count} times, in the pass that reads the prompt."
@@ -26,7 +23,7 @@ def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
     weights = (
         "`thoughts.safetensors` holds the weights of that; `custom_generate/generate.py` reads it beside the model."
     )
-    return f"A reasoner {trained}{origin}.\nBefore it answers it {how}\n{weights}"
+    return f"A reasoner {trained_with(name)}{origin}.\nBefore it answers it {how}\n{weights}"
 
 
 def settings(thoughts: ThoughtSpec) -> list[tuple[str, Any]]:
@@ -51,9 +48,19 @@ def limitations(spec: LatentSpec, thoughts: ThoughtSpec) -> str:
     )
 
 
+def trained_with(name: str) -> str:
+    """Return which method a model was trained with, as part of a sentence."""
+    if not name:
+        return "trained"
+    known = method_of(name)
+    return f"trained with {known.title} ([arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv}))"
+
+
 def citation(name: str) -> str:
-    """Return title and number of the paper."""
+    """Return the paper of a method, as BibTeX."""
     if not name:
         return "The method is not recorded with this checkpoint."
     known = method_of(name)
-    return f"The method: {known.paper}, [arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv})."
+    fields = {"title": known.paper, "eprint": known.arxiv, "archivePrefix": "arXiv"}
+    lines = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
+    return f"The method:\n\n```bibtex\n@misc{{arxiv{known.arxiv},\n{lines}\n}}\n```"

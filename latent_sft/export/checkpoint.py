@@ -81,8 +81,7 @@ def export_checkpoint(source: Path, out: Path, *, card: CardFacts | None = None)
     """Write a checkpoint as a plain Hugging Face folder, complete or not at all.
 
     Args:
-        source: folder with config, safetensors, tokenizer and `latent_spec.json`, such as `<run>/stage2/final` or
-            `<run>/kava/final`.
+        source: folder with config, safetensors, tokenizer and `latent_spec.json`, such as `<run>/STAGE/final`.
         out: folder to write. An earlier export there is replaced once the new one is complete.
         card: facts for the model card; None writes only what the checkpoint itself says.
 
@@ -147,11 +146,11 @@ def generate_source(spec: LatentSpec, thoughts: ThoughtSpec | None = None) -> st
 
 def _read_spec(source: Path) -> LatentSpec:
     if not source.is_dir():
-        raise ExportError(f"{source}: no such folder; expected a trained checkpoint such as runs/NAME/stage2/final.")
+        raise ExportError(f"{source}: no such folder; expected a trained checkpoint such as runs/NAME/STAGE/final.")
     if not (source / SPEC_FILE).is_file():
         raise ExportError(
             f"{source / SPEC_FILE}: missing. Only checkpoints of this package can be exported, such as "
-            "runs/NAME/stage2/final; of another model the settings of its latents are not known."
+            "runs/NAME/STAGE/final; of another model the settings of its latents are not known."
         )
     try:
         return LatentSpec.from_dict(read_json(source / SPEC_FILE))

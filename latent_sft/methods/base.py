@@ -222,6 +222,7 @@ class Method:
         models: in the order of tables.
         arxiv: number of the paper.
         paper: its title.
+        story: a sentence for the model card: how a model of it learned to think.
         published: `compat: published` sets these, section by section.
         check: settings, `model` section, enabled stages -> raises a ConfigError where they do not go together.
     """
@@ -233,5 +234,6 @@ class Method:
     models: tuple[Model, ...] = ()
     arxiv: str = ""
     paper: str = ""
+    story: str = ""
     published: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Any, ModelConfig, Sequence[str]], None] = lambda settings, model, stages: None

@@ -447,6 +447,7 @@ METHOD = Method(
     title="Latent-SFT",
     arxiv="2510.15522",
     paper="LLM Latent Reasoning as Chain of Superposition",
+    story="An encoder learned to compress reasoning into such tokens; then this model learned to produce them.",
     settings="stage1",
     check=_check,
     sections={"stage1": Stage1Config, "labels": LabelsConfig, "stage2": TrainConfig},

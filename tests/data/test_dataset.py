@@ -182,7 +182,7 @@ def of_files(directory: Path, values: list[dict[str, Any]], **settings: Any) -> 
 def from_files(directory: Path, values: list[dict[str, Any]], *, positions: int | None = None, **settings: Any) -> Any:
     config = of_files(directory, values, **settings)
     tokenizer = make_tokenizer()
-    spec = build_spec(tokenizer, config, len(tokenizer))
+    spec = spec_of(config, tokenizer)
     splits = load_splits(config.data)
     return tokenized_splits(config, tokenizer, spec, splits, directory / "data", positions)
 
