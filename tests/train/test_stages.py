@@ -6,13 +6,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from latent_sft.config.schema import Config, PromptConfig, TinyModelConfig
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.score import score
 from latent_sft.inference.generate import Decoded
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.train import stages
+from latent_sft.train import share, stages
 
 
 @pytest.mark.parametrize(
@@ -31,10 +32,10 @@ def test_a_special_token_in_an_answer_is_seen_in_validation_and_in_evaluation(mo
         forward_passes=1,
         finished=True,
     )
-    monkeypatch.setattr(stages, "solve", lambda *_, **__: [sample])
+    monkeypatch.setattr(share, "solve", lambda *_, **__: [sample])
     work = SimpleNamespace(config=Config(), tokenizer=tokenizer, spec=None)
     stage = SimpleNamespace(thinker="none", lm=lambda model: model)
-    assert stages.validation_metrics(object(), stage, work, [row])["accuracy"] == right
+    assert stages.validation_metrics(torch.nn.Identity(), stage, work, [row])["accuracy"] == right
     grading = {"decode_text": partial(answer_text, tokenizer), "grader": "auto", "wall_seconds": 1.0}
     summary, _ = score(
         [sample], [row], spec=SimpleNamespace(eos_id=tokenizer.eos_token_id), heatmap_problems=0, **grading
