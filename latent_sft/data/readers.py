@@ -202,6 +202,8 @@ def _saved_files(path: Path) -> list[Path]:
     try:
         return [path / file["filename"] for file in read_json(state)["_data_files"]]
     except (ArtefactError, KeyError, TypeError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise DataError(f"{state}: cannot be read ({error.__cause__.strerror}).") from error
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
             f"{state}: damaged ({reason}); expected the names of the Arrow files under "

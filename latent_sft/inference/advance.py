@@ -163,6 +163,9 @@ def _written(
     if noise is None:
         return None
     assert job.sampling is not None
+    # sorting the vocabulary costs more than this look; compiled code must not look
+    if job.thinker != "explicit" and not job.compiled and not (state.phase == thinking.answer_phase(job.spec)).any():
+        return None
     return sample(logits, noise, job.sampling)
 
 

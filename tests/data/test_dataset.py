@@ -184,7 +184,7 @@ def from_files(directory: Path, values: list[dict[str, Any]], *, positions: int 
     tokenizer = make_tokenizer()
     spec = spec_of(config, tokenizer)
     splits = load_splits(config.data)
-    return tokenized_splits(config, tokenizer, spec, splits, directory / "data", positions)
+    return tokenized_splits(config.data, tokenizer, spec, splits, directory / "data", positions)
 
 
 ODD_COTS = [

@@ -1,6 +1,6 @@
 """Started by torchrun from test_zero.py: trains stages under ZeRO 1, 2 and 3 on two processes, in one job.
 
-zero_job.py FOLDER [hang | halves]
+zero_job.py FOLDER [hang | KIND of HALVES]
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ class Killed(BaseException):
     """Nobody catches it, like a signal."""
 
 
-# adapters beside a model in 16 bit, with and without autocast
-HALVES = ["model.dtype=bfloat16", "model.lora.rank=2"]
-AUTOCAST = [f"{section}.mixed_precision=bf16" for section in SECTIONS.values()]
+# a model in 16 bit trained as a whole, and adapters beside it, with autocast too
+_HALF = ["model.dtype=bfloat16"]
+_ADAPTERS = [*_HALF, "model.lora.rank=2"]
+HALVES = {
+    "whole": _HALF,
+    "adapters": _ADAPTERS,
+    "autocast": [*_ADAPTERS, *(f"{section}.mixed_precision=bf16" for section in SECTIONS.values())],
+}
 
 
 def config_of(folder: Path, name: str, zero: int, *more: str, shared: bool = False) -> Config:
@@ -106,20 +111,19 @@ def main(folder: Path) -> None:
     # the second process thinks for longer, and the first one has to go on with it
     longer = f"eval.max_cot_tokens={8 + 24 * processes().process_index}"
     train_stage(config_of(folder, "zero3-uneven", 3, longer), "cot")
-    for zero, more in ((1, []), (2, AUTOCAST), (3, [])):
-        train_stage(config_of(folder, f"zero{zero}-halves", zero, *HALVES, *more), "kava")
+    for zero, kind in ((1, "adapters"), (2, "autocast"), (3, "adapters")):
+        train_stage(config_of(folder, f"zero{zero}-halves", zero, *HALVES[kind]), "kava")
 
 
-def halves(folder: Path) -> None:
-    """Train every stage at every level beside a model in 16 bit: adapters, under autocast too, and all weights."""
+def halves(folder: Path, kind: str) -> None:
+    """Train every stage at every level with a model in 16 bit."""
     short = [f"{section}.{setting}" for section in SECTIONS.values() for setting in ("max_steps=1", "eval_every=1")]
-    for name, more in (("adapters", HALVES), ("autocast", [*HALVES, *AUTOCAST]), ("whole", HALVES[:1])):
-        for zero in (0, 1, 2, 3):
-            config = config_of(folder, f"{name}{zero}", zero, *short, *more)
-            for stage in STAGES:
-                if stage == "stage2":
-                    make_labels(config)
-                train_stage(config, stage)
+    for zero in (0, 1, 2, 3):
+        config = config_of(folder, f"{kind}{zero}", zero, *short, *HALVES[kind])
+        for stage in STAGES:
+            if stage == "stage2":
+                make_labels(config)
+            train_stage(config, stage)
 
 
 def hang(folder: Path) -> None:
@@ -137,4 +141,7 @@ def hang(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"hang": hang, "halves": halves}.get(sys.argv[-1], main)(Path(sys.argv[1]))
+    if sys.argv[-1] in HALVES:
+        halves(Path(sys.argv[1]), sys.argv[-1])
+    else:
+        (hang if "hang" in sys.argv else main)(Path(sys.argv[1]))
