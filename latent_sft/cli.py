@@ -18,11 +18,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from latent_sft import __version__
-from latent_sft.config.schema import STAGES
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError, did_you_mean
 
 if TYPE_CHECKING:
-    from latent_sft.config.schema import Config
+    from latent_sft.config.experiment import Config
 
 OK, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -106,17 +105,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     experiment(verb("run", _run, "the whole experiment, or comparison; skips what is finished"))
     train = verb("train", _train, "one training stage")
-    train.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
+    train.add_argument("stage", metavar="STAGE", type=_stage, help="`latent-sft plan CONFIG` lists them")
     experiment(train)
     finish = verb("finish", _finish, "end a stopped training stage where it stands, and keep its best checkpoint")
-    finish.add_argument("stage", metavar="STAGE", type=_stage, help=", ".join(STAGES))
+    finish.add_argument("stage", metavar="STAGE", type=_stage, help="`latent-sft plan CONFIG` lists them")
     experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
     evaluation.add_argument(
         "--model",
         action="append",
-        help="no-cot, cot, stage1, latent-sft, soft-thinking, coconut, codi, pccot or kava; repeatable; all",
+        help="a model of the experiment; repeatable; all",
     )
     evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
     experiment(verb("report", _report, "tables and plots of what was trained and measured"))
@@ -132,11 +131,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")
     )
     export.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write; default <run>/export, or export-STAGE"
+        "--out", type=Path, metavar="DIR", help="folder to write; default <run>/export, or export-MODEL"
     )
-    export.add_argument(
-        "--stage", type=_stage, help="whose model: stage2 (as if not given), coconut, codi, pccot, kava"
-    )
+    export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
     export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
     export.add_argument("--private", action="store_true", help="make the repository private")
     plan = experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
@@ -152,6 +149,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def _stage(name: str) -> str:
+    from latent_sft.methods import STAGES
+
     if name not in STAGES:
         raise argparse.ArgumentTypeError(f"unknown stage {name!r}.{did_you_mean(name, STAGES)}")
     return name
@@ -229,7 +228,7 @@ def _finish(args: argparse.Namespace) -> None:
 
 def _label(args: argparse.Namespace) -> None:
     config = _load_one(args)
-    from latent_sft.inference.label import make_labels
+    from latent_sft.stores import make_labels
 
     make_labels(config)
 
@@ -277,8 +276,8 @@ def _export(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--out: expected a folder to write, because {args.config} is a checkpoint, not an experiment."
         )
-    if is_checkpoint and args.stage:
-        raise ConfigError(f"--stage: only means something with an experiment; {args.config} is a checkpoint.")
+    if is_checkpoint and args.model:
+        raise ConfigError(f"--model: only means something with an experiment; {args.config} is a checkpoint.")
     config = None if is_checkpoint else _load_one(args)
     from latent_sft.export.checkpoint import export_checkpoint, export_run
 
@@ -286,7 +285,10 @@ def _export(args: argparse.Namespace) -> None:
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        out = export_run(config, out, stage=args.stage or "stage2")
+        from latent_sft.plan import chosen_export
+
+        model, folder = chosen_export(config, args.model)
+        out = export_run(config, model, out or Path(config.directory) / folder)
     print(out)
     if args.push_to_hub:
         from latent_sft.export.hub import push

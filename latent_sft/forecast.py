@@ -12,22 +12,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from latent_sft.config.schema import SECTIONS, STAGES, Config, LaunchConfig, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import LaunchConfig
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError
-from latent_sft.memory import GIB, LEVELS, Level, Numbers, activations, buffers, logits, model_states
+from latent_sft.memory import (
+    GIB,
+    LEVELS,
+    Backbone,
+    Level,
+    Numbers,
+    Weights,
+    activations,
+    buffers,
+    itemsize,
+    logits,
+    model_states,
+)
 from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
 from latent_sft.method.types import LatentSpec
-from latent_sft.sizes import (
-    Backbone,
-    Examples,
-    Load,
-    given_examples,
-    itemsize,
-    load_of,
-    measure,
-    read_examples,
-    weights_of,
-)
+from latent_sft.methods import STAGES
+from latent_sft.sizes import Examples, Load, given_examples, load_of, measure, plan_setup, read_examples
 from latent_sft.train.zero import BUCKET
 
 # of the GPU's memory; the rest is left to the CUDA context, NCCL, fragmentation and validation
@@ -88,12 +93,19 @@ def _block(
     tokens_per_second: float | None,
 ) -> tuple[list[str], list[Level]]:
     """Return the lines of one stage and the levels that fit."""
-    train, load = config.stage(stage).shared(SECTIONS[stage], gpus), load_of(config, stage, examples)
+    train, load = (
+        config.stage(stage).shared(STAGES[stage].section, gpus),
+        load_of(stage, plan_setup(config, stage, examples), examples),
+    )
     levels = _levels(config)
     # what is trained as a whole is float32 without ZeRO, which else keeps such copies itself
     under = {zero: replace(config, launch=LaunchConfig(zero=zero)) for zero in {level.zero for level in levels}}
-    weights = [weights_of(under[level.zero], stage, backbone) for level in levels]
-    works = [_work(under[level.zero], stage, backbone, load, examples.spec) for level in levels]
+    setups = {zero: plan_setup(each, stage, examples) for zero, each in under.items()}
+    weights = [STAGES[stage].parameters(backbone, setups[level.zero]) for level in levels]
+    works = [
+        _work(under[level.zero], stage, held, backbone, load, examples.spec)
+        for held, level in zip(weights, levels, strict=True)
+    ]
     states = [model_states(held, level, gpus) for held, level in zip(weights, levels, strict=True)]
     buffer = [buffers(held, level, BUCKET) for held, level in zip(weights, levels, strict=True)]
     totals = [s.gpu + extra + sum(work) for s, extra, work in zip(states, buffer, works, strict=True)]
@@ -132,7 +144,9 @@ def _levels(config: Config) -> Sequence[Level]:
     return LEVELS[:1] if any(config.precision(stage) == "fp16" for stage in STAGES) else LEVELS
 
 
-def _work(config: Config, stage: str, backbone: Backbone, load: Load, spec: LatentSpec) -> tuple[int, int]:
+def _work(
+    config: Config, stage: str, held: Weights, backbone: Backbone, load: Load, spec: LatentSpec
+) -> tuple[int, int]:
     """Return the bytes of activations, and of loss and logits, of a micro-batch."""
     train, lora, weight = config.stage(stage), config.model.lora, itemsize(config.trained_model)
     products = weight if config.precision(stage) == "no" else 2
@@ -144,12 +158,10 @@ def _work(config: Config, stage: str, backbone: Backbone, load: Load, spec: Late
     )
     # the K table rows of every latent that is a superposition, for the mixture and for the projection; where K is the
     # whole vocabulary no row but ids, logits and weights of it
-    superposed = load.latents if stage == "stage2" or stage.startswith("stage1") else 0
     entry = backbone.shape.hidden * numbers.weight
     entry = entry if spec.top_k < spec.vocab_size else min(entry, 24)
-    kept += superposed * spec.top_k * entry * (2 if load.encoder_positions else 1)
-    trains_head = not lora.rank and stage != "stage1-encoder"
-    return kept, logits(backbone.shape, numbers, load.labels, trained=trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
+    kept += load.superposed * spec.top_k * entry * (2 if load.encoder_positions else 1)
+    return kept, logits(backbone.shape, numbers, load.labels, trained=held.trains_head, chunk=CHUNK_BYTES_ACCELERATOR)
 
 
 def _count(number: int, noun: str) -> str:

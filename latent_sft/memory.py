@@ -12,8 +12,11 @@ import math
 import sys
 from typing import NamedTuple
 
+from latent_sft.config.schema import ModelConfig
+
 GIB = 2**30
 GPUS_PER_NODE = 8
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # DeepSpeed's stage3_max_live_parameters: gathered weights that may stand on a GPU at once
 MAX_LIVE = 1_000_000_000
 
@@ -47,6 +50,7 @@ class Weights(NamedTuple):
         frozen_bytes: what the frozen ones take.
         largest: parameters of the largest single module (a table or a matrix).
         width: bytes of one of those.
+        trains_head: whether the LM head is trained.
     """
 
     trained: int
@@ -54,6 +58,7 @@ class Weights(NamedTuple):
     frozen_bytes: int
     largest: int
     width: int
+    trains_head: bool = False
 
     @property
     def bytes(self) -> int:
@@ -81,6 +86,16 @@ class Shape(NamedTuple):
     vocab: int
 
 
+class Backbone(NamedTuple):
+    """One language model: its sizes, parameters, those of an untied head, its largest module, and LoRA's."""
+
+    shape: Shape
+    size: int
+    head: int
+    largest: int
+    adapters: int
+
+
 class Numbers(NamedTuple):
     """Bytes per element in one stage.
 
@@ -102,6 +117,26 @@ class States(NamedTuple):
 
     gpu: int
     host: int
+
+
+def itemsize(model: ModelConfig) -> int:
+    """Return the bytes of one weight of the base model."""
+    return DTYPE_BYTES[model.dtype]
+
+
+def one_model(backbone: Backbone, model: ModelConfig, trained: ModelConfig, extra: int = 0) -> Weights:
+    """Return the parameters of a stage that holds one language model, and `extra` in float32 beside it.
+
+    Args:
+        backbone: sizes of the model.
+        model: how it is loaded where adapters are trained.
+        trained: how it is loaded where it is trained as a whole.
+        extra: further trained parameters.
+    """
+    item, whole, adapters = itemsize(model), itemsize(trained), backbone.adapters
+    if adapters:  # in float32, as PEFT keeps them
+        return Weights(adapters + extra, 4 * (adapters + extra), item * backbone.size, backbone.largest, item)
+    return Weights(backbone.size + extra, whole * (backbone.size + extra), 0, backbone.largest, whole, True)
 
 
 def model_states(weights: Weights, level: Level, gpus: int) -> States:

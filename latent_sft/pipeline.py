@@ -8,17 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import Config
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
 from latent_sft.evaluation.tables import result_table
 from latent_sft.export.checkpoint import export_run
-from latent_sft.inference.label import make_labels
 from latent_sft.launcher import bound_environ, build_command, start
-from latent_sft.plan import steps
+from latent_sft.methods import STAGES
+from latent_sft.plan import exported, steps
 from latent_sft.runs import exclusive, read_json, write_atomically, write_json
+from latent_sft.stores import store_latents
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import Workspace
 
@@ -46,18 +47,20 @@ def run_experiment(config: Config) -> dict[str, Any]:
     for split in work.data:
         _ = work.data[split]  # a bad row of the test set must not show after the training
     names = steps(config)
+    readers = {stage.reads.name: reader for reader, stage in STAGES.items() if stage.reads is not None}
     with _Baseline(config, work) as baseline:
         for number, name in enumerate(names, 1):
             log.info("[%d/%d] %s", number, len(names), name)
-            if name == "label":
-                make_labels(config, work)
+            if name in readers:
+                store_latents(work, readers[name])
             elif name == "eval":
                 baseline.wait()
                 evaluate(config, work=work)
             elif name == "report":
                 report = write_report(directory, title=config.name)
             elif name == "export":
-                export_run(config, directory / "export")
+                for model, folder in exported(config).items():
+                    export_run(config, model, directory / folder)
             elif name == "no-cot" and config.launch.concurrent_baseline:
                 baseline.start()
             else:

@@ -6,25 +6,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from latent_sft.config.schema import STAGES, Config
+from latent_sft.config.experiment import Config
+from latent_sft.errors import ConfigError
+from latent_sft.methods import MODELS, STAGES, method_of
 from latent_sft.runs import FINISHED, Step
 from latent_sft.variants import Job
 
-MODELS = ("no-cot", "cot", "stage1", "latent-sft", "soft-thinking", "coconut", "codi", "pccot", "kava")
-"""What is evaluated, in the order of tables."""
-
 MEANINGS = {
-    "no-cot": "baseline that answers without reasoning",
-    "cot": "baseline that writes its reasoning; a starting point for stage 1 where stage1.init=cot",
-    "stage1-encoder": "encoder learns to compress CoT chunks into latents, decoder frozen",
-    "stage1-decoder": "decoder learns to read the latents, which the frozen encoder stores first",
-    "stage1-union": "encoder and decoder together",
-    "label": "the encoder's latents of every training problem, stored",
-    "stage2": "the model learns to produce the latents by itself, then the answer",
-    "coconut": "step after step of the CoT gives way to hidden states that are fed back",
-    "codi": "one model as teacher with the CoT and as student with latents; hidden states before the answer agree",
-    "pccot": "as codi, with all latents refined at once by Jacobi iterations",
-    "kava": "as pccot, and the latents' keys and values follow the teacher's compressed cache",
     "eval": "accuracy and reasoning length of every trained model",
     "report": "tables and plots of the whole experiment",
     "export": "a plain Hugging Face folder of the trained model",
@@ -33,21 +21,50 @@ MEANINGS = {
 
 def steps(config: Config) -> list[str]:
     """Return the names of the steps this experiment runs, in order; a disabled stage is left out."""
-    enabled = [stage for stage in STAGES if config.stage(stage).enabled]
-    if "stage2" in enabled:
-        enabled.insert(enabled.index("stage2"), "label")
-    return [*enabled, "eval", "report", *(["export"] if "stage2" in enabled else [])]
+    names: list[str] = []
+    for name, stage in STAGES.items():
+        if config.stage(name).enabled:
+            names += [stage.reads.name, name] if stage.reads is not None and stage.reads.name else [name]
+    return [*names, "eval", "report", *(["export"] if exported(config) else [])]
 
 
 def models_of(config: Config) -> dict[str, list[str]]:
     """Return the models this experiment evaluates, each with its own training stages; the last holds the weights."""
-    phases = [stage for stage in STAGES if stage.startswith("stage1") and config.stage(stage).enabled]
-    # Soft Thinking trains nothing: it runs the model of the cot stage
-    stages = {"stage1": phases, "latent-sft": ["stage2"], "soft-thinking": ["cot"]}
-    table = {name: stages.get(name, [name]) for name in MODELS}
-    if not config.soft_thinking.enabled:
-        del table["soft-thinking"]
-    return {name: own for name, own in table.items() if own and all(config.stage(s).enabled for s in own)}
+    found = {}
+    for name, model in MODELS.items():
+        own = [stage for stage in model.stages if config.stage(stage).enabled]
+        trained = bool(own) if model.any_stage else own == list(model.stages)
+        if trained and model.enabled(config.settings(method_of(name).settings)):
+            found[name] = own
+    return found
+
+
+def exported(config: Config) -> dict[str, str]:
+    """Return the latent reasoners of an experiment, each with the folder of its export: the first one is `export`."""
+    names = [name for name in models_of(config) if MODELS[name].role == "latent"]
+    return {name: f"export-{name}" if number else "export" for number, name in enumerate(names)}
+
+
+def chosen_export(config: Config, model: str | None = None) -> tuple[str, str]:
+    """Return a latent reasoner, the first one unless it is named, and the folder of its export.
+
+    Raises:
+        ConfigError: the experiment trains none of that name.
+    """
+    folders = exported(config)
+    model = model or next(iter(folders), "")
+    if model not in folders:
+        raise ConfigError(
+            f"export: got model {model!r}, expected a latent reasoner that this experiment trains "
+            f"({', '.join(folders) or 'there is none'})."
+        )
+    return model, folders[model]
+
+
+def meanings() -> dict[str, str]:
+    """Return one line for every step."""
+    stores = [stage.reads for stage in STAGES.values() if stage.reads is not None]
+    return {**MEANINGS, **{s.name: s.meaning for s in stores}, **{n: stage.meaning for n, stage in STAGES.items()}}
 
 
 def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ()) -> str:
@@ -68,7 +85,7 @@ def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ())
     if skipped:
         lines.append(f"# disabled: {', '.join(skipped)}")
     for number, name in enumerate(chosen, start=1):
-        lines += ["", f"# {number}. {name}: {MEANINGS[name]} [{_status(config, name)}]"]
+        lines += ["", f"# {number}. {name}: {meanings()[name]} [{_status(config, name)}]"]
         if name in STAGES and config.launch.nproc > 1:
             lines.append(f"# starts {config.launch.nproc} processes with torchrun (launch.nproc)")
         verb = ["train", name] if name in STAGES else [name]
@@ -99,7 +116,8 @@ def _status(config: Config, name: str) -> str:
     run = Path(config.directory)
     if name in ("report", "export"):  # folders without a manifest, made in one go
         return "finished" if any((run / name).glob("*")) else "to do"
-    folders = {"label": [run / "labels"], "eval": _evaluations(config)}.get(name, [run / name])
+    stores = {s.reads.name: [run / s.reads.folder] for s in STAGES.values() if s.reads is not None}
+    folders = {**stores, "eval": _evaluations(config)}.get(name, [run / name])
     manifests = [Step(directory=folder, inputs={}).manifest() for folder in folders]
     if all(found is not None and found["status"] == FINISHED for found in manifests):
         return "finished"

@@ -12,8 +12,9 @@ import shutil
 from operator import attrgetter
 from pathlib import Path
 
-from latent_sft.config.schema import SECTIONS, Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
+from latent_sft.methods import STAGES
 from latent_sft.runs import FINISHED, LOCK, MANIFEST, read_json
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,10 @@ _START = ("seed", "model", "data", "prompt")
 STEPS: dict[str, tuple[str, ...]] = {
     "base": _START,
     "data": (*_START, "latent"),
-    "no-cot": (*_START, SECTIONS["no-cot"]),
-    "cot": (*_START, SECTIONS["cot"]),
-    "eval/no-cot": (*_START, SECTIONS["no-cot"], "latent", "eval"),
-    "eval/cot": (*_START, SECTIONS["cot"], "latent", "eval"),
+    "no-cot": (*_START, "no_cot"),
+    "cot": (*_START, "cot"),
+    "eval/no-cot": (*_START, "no_cot", "latent", "eval"),
+    "eval/cot": (*_START, "cot", "latent", "eval"),
 }
 
 
@@ -42,7 +43,7 @@ def reuse_steps(source: Config, target: Config) -> list[str]:
     taken = []
     for name, sections in STEPS.items():
         stage = name.removeprefix("eval/")
-        wanted = stage not in SECTIONS or target.stage(stage).enabled
+        wanted = stage not in STAGES or target.stage(stage).enabled
         old, new = Path(source.directory) / name, Path(target.directory) / name
         same = all(attrgetter(key)(source) == attrgetter(key)(target) for key in sections)
         if wanted and same and not new.exists() and _is_finished(old):

@@ -12,32 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from latent_sft.config.schema import Config, ModelConfig, SelfDistillConfig
-from latent_sft.data.collate import Batch, explicit_batch, stage1_batch, stage2_batch
+from latent_sft.config.experiment import Config
 from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
-from latent_sft.data.thought_batches import coconut_batch, distill_batch
 from latent_sft.errors import ConfigError, LatentSFTError
-from latent_sft.memory import Shape, Weights
+from latent_sft.memory import Backbone, Shape
 from latent_sft.method.layout import Kind, fixed_segments
-from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
+from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.methods import STAGES, method_of
+from latent_sft.methods.base import Setup
 from latent_sft.models.backbone import core, head_table, input_table
 from latent_sft.models.load import add_lora, load_config, load_tokenizer, tiny_hf_config
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 SAMPLE = 256
-SELF_DISTILLED = ("codi", "pccot", "kava")
 WITHOUT_DATA = "To plan without reading data, give --rows N and --example-tokens PROMPT,COT,ANSWER."
-
-
-class Backbone(NamedTuple):
-    """One language model: its sizes, parameters, those of an untied head, its largest module, and LoRA's."""
-
-    shape: Shape
-    size: int
-    head: int
-    largest: int
-    adapters: int
 
 
 class Examples(NamedTuple):
@@ -56,7 +45,7 @@ class Load(NamedTuple):
     rows: int
     positions: int
     encoder_positions: int
-    latents: int
+    superposed: int
     labels: int
 
 
@@ -93,93 +82,46 @@ def measure(config: Config, vocab_size: int) -> Backbone:
     return Backbone(shape, size, head, largest, adapters)
 
 
-def weights_of(config: Config, stage: str, backbone: Backbone) -> Weights:
-    """Return the parameters a stage holds: one model, or the encoder and decoder of stage 1 and the marker."""
-    item, whole, adapters = itemsize(config.model), itemsize(config.trained_model), backbone.adapters
-    if not stage.startswith("stage1"):
-        extra = _thought_weights(config, stage, backbone.shape.hidden)
-        if adapters:
-            trained = adapters + extra
-            return Weights(trained, 4 * trained, item * backbone.size, backbone.largest, item)
-        return Weights(backbone.size + extra, whole * (backbone.size + extra), 0, backbone.largest, whole)
-    encoder, decoder = stage != "stage1-decoder", stage != "stage1-encoder"
-    marker = backbone.shape.hidden
-    if adapters:  # in float32, as PEFT and the marker keep them
-        held = (1 if config.stage1.share_backbone else 2) * item * backbone.size
-        trained = adapters * (encoder + decoder) + marker * encoder
-        idle = 4 * adapters * (2 - encoder - decoder) if config.stage1.share_backbone else 0
-        return Weights(trained, 4 * trained, held + idle + 4 * marker * (not encoder), backbone.largest, item)
-    held = backbone.size * ((whole if encoder else item) + (whole if decoder else item))
-    # the encoder's own head is not part of the loss
-    trained = (backbone.size - backbone.head) * encoder + backbone.size * decoder
-    trained_bytes = whole * trained + 4 * marker * encoder
-    frozen_bytes = held + 4 * marker - trained_bytes
-    return Weights(trained + marker * encoder, trained_bytes, frozen_bytes, backbone.largest, whole)
+def plan_setup(config: Config, stage: str, examples: Examples) -> Setup:
+    """Return what the functions of a stage are given while nothing is there yet: no tokenizer, uniform latents."""
+    spec, lengths = examples.spec, {r["id"]: len(r["segment_lengths"]) for r in (*examples.sample, *examples.longest)}
 
+    def latents(row_id: str, _: str) -> Superposition:
+        size = (lengths[row_id], spec.top_k)
+        return Superposition(torch.zeros(size, dtype=torch.int64), torch.full(size, 1 / spec.top_k))
 
-def _thought_weights(config: Config, stage: str, hidden: int) -> int:
-    """Return the parameters of `models.thoughts.Thoughts`: projection and placeholder."""
-    if stage not in SELF_DISTILLED:
-        return 0
-    settings: SelfDistillConfig = getattr(config, stage)
-    # two linear maps with biases, scale and shift of the norm
-    projection = 2 * (hidden * hidden + hidden) + 2 * hidden if settings.projection else 0
-    return projection + hidden * (settings.iterations < settings.num_latents)
-
-
-def load_of(config: Config, stage: str, examples: Examples) -> Load:
-    """Return how much a stage computes, from batches made as training makes them."""
-    train = config.stage(stage)
-    sample = _batch(config, stage, examples.sample, examples.spec)
-    rows = train.batch_size
-    if train.max_tokens:
-        one = _batch(config, stage, examples.longest[:1], examples.spec)
-        width = max(one[key].shape[1] for key in ("kind", "encoder_kind") if key in one)
-        rows = max(1, train.max_tokens // width)
-    batch = _batch(config, stage, list(itertools.islice(itertools.cycle(examples.longest), rows)), examples.spec)
-    again = 0  # latents of the iterations after the first
-    if stage in SELF_DISTILLED:
-        settings: SelfDistillConfig = getattr(config, stage)
-        passes = settings.iterations + 1 if settings.iterations < settings.num_latents else 1
-        again = rows * settings.num_latents * (passes - 1)
-    # the decoder phase reads stored latents
-    encodes = "encoder_kind" in batch and stage != "stage1-decoder"
-    return Load(
-        tokens=(sample["kind"] != Kind.PAD).sum().item() / len(examples.sample),
-        rows=rows,
-        positions=batch["kind"].numel() + again,
-        encoder_positions=batch["encoder_kind"].numel() if encodes else 0,
-        latents=int((batch["kind"] == Kind.LATENT).sum()),
-        labels=len(batch["targets"]) + len(batch.get("teacher_targets", ())) + len(batch.get("kl_index", ())),
+    return Setup(
+        settings=config.settings(method_of(stage).settings),
+        train=config.stage(stage),
+        model=config.model,
+        trained_model=config.trained_model,
+        spec=spec,
+        tokenizer=None,
+        start="",
+        source="",
+        root="",
+        latents=latents if STAGES[stage].reads is not None else None,
     )
 
 
-def _batch(config: Config, stage: str, rows: list[dict[str, Any]], spec: LatentSpec) -> Batch:
-    train = config.stage(stage)
-    if stage in SELF_DISTILLED:
-        settings: SelfDistillConfig = getattr(config, stage)
-        thoughts = ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations)
-        # the last step stays: how many tokens it has, made-up rows do not say
-        return distill_batch(rows, spec, thoughts, normalisation=train.normalisation, drop_last_step=False)
-    if stage == "coconut":  # the first stage is the longest
-        first = [{**row, "stage": 0} for row in rows]
-        return coconut_batch(first, spec, config.coconut, normalisation=train.normalisation)
-    if stage.startswith("stage1"):
-        return stage1_batch(rows, spec, normalisation=train.normalisation)
-    if stage == "stage2":
-
-        def label(row_id: str, _: str) -> Superposition:
-            size = (latents[row_id], spec.top_k)
-            return Superposition(torch.zeros(size, dtype=torch.int64), torch.full(size, 1 / spec.top_k))
-
-        latents = {row["id"]: len(row["segment_lengths"]) for row in rows}
-        return stage2_batch(rows, spec, label_of=label, normalisation=train.normalisation)
-    return explicit_batch(
-        rows,
-        spec,
-        with_cot=stage == "cot",
-        normalisation=train.normalisation,
-        prompt_targets=train.prompt_targets,
+def load_of(stage: str, setup: Setup, examples: Examples) -> Load:
+    """Return how much a stage computes, from batches made as training makes them."""
+    collate, train = STAGES[stage].batch(setup), setup.train
+    sample = collate(examples.sample)
+    rows = train.batch_size
+    if train.max_tokens:
+        one = collate(examples.longest[:1])
+        width = max(one[key].shape[1] for key in ("kind", "encoder_kind") if key in one)
+        rows = max(1, train.max_tokens // width)
+    batch = collate(list(itertools.islice(itertools.cycle(examples.longest), rows)))
+    superposes = "encoder_kind" in batch or "latent_ids" in batch
+    return Load(
+        tokens=(sample["kind"] != Kind.PAD).sum().item() / len(examples.sample),
+        rows=rows,
+        positions=batch["kind"].numel() + rows * STAGES[stage].more_positions(setup),
+        encoder_positions=batch["encoder_kind"].numel() if "encoder_kind" in batch else 0,
+        superposed=int((batch["kind"] == Kind.LATENT).sum()) if superposes else 0,
+        labels=sum(len(batch[key]) for key in ("targets", "teacher_targets", "kl_index") if key in batch),
     )
 
 
@@ -202,7 +144,8 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
         top_k=config.latent.top_k or vocab_size,
     )
     row = {"id": "0", "hash": "", "prompt": [0] * prompt, "cot": [0] * cot, "answer": [0] * answer}
-    rows = [{**row, "segment_lengths": fixed_segments(cot, spec.rate)}]
+    # two steps, so that a method that leaves the last one out still reads nearly all of it
+    rows = [{**row, "segment_lengths": fixed_segments(cot, spec.rate), "step_lengths": [cot - 1, 1]}]
     return Examples(count, rows, rows, spec)
 
 
@@ -219,7 +162,7 @@ def read_examples(config: Config) -> Examples:
             texts = (text for r in train for text in (r.problem, r.cot, r.cot_answer))
             tokenizer = build_tokenizer(texts, model.tiny, config.prompt)
             vocab_size = len(tokenizer)
-        spec = build_spec(tokenizer, config, vocab_size)
+        spec = build_spec(tokenizer, config.prompt, config.latent, vocab_size)
         chosen = random.Random(0).sample(train, min(SAMPLE, len(train)))
         longest = sorted(train, key=lambda r: len(r.problem) + len(r.cot) + len(r.answer))[-SAMPLE:]
         sample, long = ([tokenize_record(tokenizer, spec, r) for r in part] for part in (chosen, longest))
@@ -240,11 +183,6 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
             f"({str(error).splitlines()[0]}). A plan needs no weights: put the model's config.json into a folder and "
             "give model.name_or_path=FOLDER."
         ) from error
-
-
-def itemsize(model: ModelConfig) -> int:
-    """Return the bytes of one weight."""
-    return getattr(torch, model.dtype).itemsize
 
 
 def _numel(lm: torch.nn.Module) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config, to_yaml
-from latent_sft.config.schema import CompareConfig, Config
+from latent_sft.config.schema import CompareConfig
 from latent_sft.errors import ConfigError
 
 _OURS = ("name", "run_dir", "seed")

@@ -19,13 +19,17 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import to_yaml
-from latent_sft.config.schema import SECTIONS, Config
+from latent_sft.config.schema import LatentConfig
+from latent_sft.data.collate import LabelOf
 from latent_sft.data.dataset import tokenized_splits, tokenizer_fingerprint
+from latent_sft.data.labels import LabelStore
 from latent_sft.data.prompts import build_spec, fix_date
 from latent_sft.data.records import Splits, load_splits
-from latent_sft.errors import ConfigError
-from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
+from latent_sft.method.types import LatentSpec
+from latent_sft.methods import STAGES, method_of
+from latent_sft.methods.base import Setup, Store
 from latent_sft.models.load import (
     build_tiny,
     check_start,
@@ -36,22 +40,10 @@ from latent_sft.models.load import (
     weights_fingerprint,
 )
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.runs import GivenStep, Step, fingerprint, write_atomically, write_json
+from latent_sft.runs import GivenStep, Step, fingerprint, write_atomically
 
 log = logging.getLogger(__name__)
 
-STAGE1_PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
-# what decides the encoder's latents; noise and limits of decoding do not
-_ENCODER_SETTINGS = (
-    "rate",
-    "segmentation",
-    "top_k",
-    "projection",
-    "exclude_end",
-    "temperature",
-    "marker_positions",
-    "marker_input",
-)
 # settings that say how a stage is watched or run, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit", "keep_checkpoint")
 
@@ -95,7 +87,9 @@ class Workspace:
         self.base, self.tokenizer = self._base()
         given = config.model.name_or_path
         self._weights = self.weights_of(Path(given)) if given and Path(given).is_dir() else None
-        self.spec: LatentSpec = build_spec(self.tokenizer, config, vocabulary_size(self.base, config.model))
+        self.spec: LatentSpec = build_spec(
+            self.tokenizer, config.prompt, config.latent, vocabulary_size(self.base, config.model)
+        )
         write_atomically(self.directory / "config.yaml", to_yaml(config))
 
     @cached_property
@@ -105,7 +99,7 @@ class Workspace:
         On several processes all have to ask for a split: the first one makes it, the others read it.
         """
         return tokenized_splits(
-            self.config,
+            self.config.data,
             self.tokenizer,
             self.spec,
             self.splits,
@@ -135,20 +129,11 @@ class Workspace:
             "dtype": {"frozen": dtype, "trained": "float32"} if dtype != "float32" else dtype,
             "train": settings,
         }
-        if name in STAGE1_PHASES:
-            inputs["noise"] = [self.config.stage1.noise_scale, self.config.stage1.noise_start]
-            if self.config.stage1.share_backbone:
-                inputs["share_backbone"] = True
-        source = self.source_of(name)
-        if name in ("coconut", "codi", "pccot", "kava"):
-            method = dataclasses.asdict(getattr(self.config, name))
-            inputs["method"] = {k: v for k, v in method.items() if k != "train"}
-        elif name not in ("no-cot", "cot"):
-            inputs["latent"] = self._latent_settings(name)
-        if source or name not in ("no-cot", "cot"):
-            inputs["source"] = source.outcome if source else "base"
-        if name == "stage2" and train.start_from:
-            inputs["labels"] = self.labels_step().inputs["encoder"]
+        stage, source = STAGES[name], self.source_of(name)
+        inputs |= stage.identity(self._settings(name), self._latent())
+        inputs["source"] = source.outcome if source else "base"
+        if stage.reads is not None and train.start_from:
+            inputs["store"] = self.store_step(stage.reads).inputs["encoder"]
         return Step(directory=self.directory / name, inputs=inputs)
 
     def source_of(self, name: str) -> Step | None:
@@ -157,32 +142,49 @@ class Workspace:
         Raises:
             ConfigError: `start_from` is not a folder of weights that can take the base model's place.
         """
-        if name in SECTIONS and self.config.stage(name).start_from:
+        if self.config.stage(name).start_from:
             return self._given(name)
-        phases = [p for p in STAGE1_PHASES if self.config.stage(p).enabled]
-        if name in STAGE1_PHASES:
-            earlier = phases[: phases.index(name)] if name in phases else phases
-            if earlier:
-                return self.step(earlier[-1])
-            return self.step("cot") if self.config.stage1.init == "cot" else None
-        if name in ("label", "stage2"):
-            if not phases:
-                raise ConfigError("stage1: all three phases are disabled, but labels and stage 2 need an encoder.")
-            return self.step(phases[-1])
-        if name in ("coconut", "codi", "pccot", "kava"):
-            return self.step("cot") if getattr(self.config, name).init == "cot" else None
-        return None
+        return self._step_of(STAGES[name].source(self._settings(name)))
 
-    def start_of(self, name: str) -> str | Path:
-        """Return folder or name of the model that a stage starts from; of two, that is the decoder."""
-        source = self.source_of(name)
-        if source is None:
-            return self.base
-        decoder = source.final / "decoder"
-        return decoder if decoder.is_dir() else source.final
+    def setup(self, name: str) -> Setup:
+        """Return what the functions of a stage are given; what it starts from need not be there yet.
+
+        Raises:
+            ArtefactError: the latents it reads are not those that it needs.
+        """
+        stage = STAGES[name]
+        latents = None
+        if stage.reads is not None and self.store_step(stage.reads).is_finished():
+            folder = self.store_step(stage.reads).directory / "store"
+            latents = LabelStore(folder, expect=self.store_made_from(stage.reads)).get
+        return self._setup(name, self.source_of(name), latents)
+
+    def store_setup(self, store: Store) -> Setup:
+        """Return what the function that builds a store's model is given."""
+        return self._setup(self._reader(store), self.store_source(store), None)
+
+    def _setup(self, name: str, source: Step | None, latents: LabelOf | None) -> Setup:
+        # back through the stages of the method, to what the first of them started from
+        first, root = name, source
+        while root is not None and root.directory.name in STAGES:
+            if method_of(root.directory.name) is not method_of(first):
+                break
+            root = self.source_of(root.directory.name)
+        return Setup(
+            settings=self._settings(name),
+            train=self.config.stage(name),
+            model=self.config.model,
+            trained_model=self.config.trained_model,
+            spec=self.spec,
+            tokenizer=self.tokenizer,
+            start=self.base if source is None else source.final,
+            source=source.directory.name if source is not None and source.directory.name in STAGES else "",
+            root=self.base if root is None else root.final,
+            latents=latents,
+        )
 
     def _given(self, name: str) -> GivenStep:
-        key, given = f"{SECTIONS[name]}.start_from", Path(self.config.stage(name).start_from)
+        key, given = f"{STAGES[name].section}.start_from", Path(self.config.stage(name).start_from)
         folder = given / "final" if (given / "final").is_dir() else given
         if folder not in self._checked:
             for part in ("encoder", "decoder") if (folder / "decoder").is_dir() else (".",):
@@ -194,45 +196,46 @@ class Workspace:
         """Return the fingerprint of a folder's weights."""
         return weights_fingerprint(folder, self.directory / "weights.json")
 
-    def labels_step(self, reader: str = "label") -> Step:
-        """Return the step of a store of latents: the labels of stage 2, or what the `stage1-decoder` phase reads.
-
-        That phase reads exact weights, so that it gives what running its frozen encoder would give.
-        """
-        source = self.source_of(reader)
-        stored = {"label": ("labels", self.config.labels.dtype)}
-        name, dtype = stored.get(reader, (f"{reader}-latents", "float32"))
+    def store_step(self, store: Store) -> Step:
+        """Return the step of a store of latents."""
+        source = self.store_source(store)
         start = {"base": self._base_identity(), "prompt": self._prompt_identity()}
         inputs = {
-            "step": "label" if reader == "label" else name,
+            "step": store.name or store.folder,
             "encoder": source.outcome if source else fingerprint(start),
             "data": self._data_identity(),
-            "latent": self._latent_settings(reader),
-            "dtype": dtype,
+            "latent": store.identity(self._latent()),
+            "dtype": store.dtype or self.config.labels.dtype,
             "shard_size": self.config.labels.shard_size,
         }
-        return Step(directory=self.directory / name, inputs=inputs)
+        return Step(directory=self.directory / store.folder, inputs=inputs)
 
-    def labels_made_from(self, reader: str = "label") -> dict[str, str | int | float]:
+    def store_source(self, store: Store) -> Step | None:
+        """Return the step whose model makes a store's latents, or None where that is the base model."""
+        reader = self._reader(store)
+        if not store.name:  # made by the stage that reads it, of what it starts from
+            return self.source_of(reader)
+        return self._step_of(store.source(self._settings(reader)))
+
+    def store_made_from(self, store: Store) -> dict[str, str | int | float]:
         """Return what decides the latents, in words that an error can show; the store carries it."""
-        step = self.labels_step(reader)
         return {
-            "encoder": step.inputs["encoder"],
+            "encoder": self.store_step(store).inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **self._latent_settings(reader),
+            **store.identity(self._latent()),
         }
 
-    def _latent_settings(self, name: str) -> dict[str, Any]:
-        settings = {**dataclasses.asdict(self.config.latent), "top_k": self.spec.top_k}
-        if name == "stage2":
-            return {k: v for k, v in settings.items() if k not in ("min_latents", "max_latents", "max_answer_tokens")}
-        return {k: settings[k] for k in _ENCODER_SETTINGS}
+    def _reader(self, store: Store) -> str:
+        return next(name for name, stage in STAGES.items() if stage.reads is store)
 
-    def save_spec(self, folder: Path, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
-        """Write the spec beside a model, and how it thinks: `latent`, `explicit`, `none`, `continuous` (with M, T)."""
-        write_json(folder / SPEC_FILE, self.spec.to_dict())
-        how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
-        write_json(folder / "thinker.json", {"thinker": thinker, **how})
+    def _step_of(self, name: str | None) -> Step | None:
+        return None if name is None else self.step(name)
+
+    def _settings(self, name: str) -> Any:
+        return self.config.settings(method_of(name).settings)
+
+    def _latent(self) -> LatentConfig:
+        return dataclasses.replace(self.config.latent, top_k=self.spec.top_k)
 
     def _base(self) -> tuple[str, PreTrainedTokenizerBase]:
         model = self.config.model

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
-from latent_sft.config.schema import SECTIONS, Config
+from latent_sft.methods import SECTIONS
 
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)

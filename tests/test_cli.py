@@ -15,8 +15,8 @@ import pytest
 
 import latent_sft
 from latent_sft import cli
-from latent_sft.config.schema import STAGES
 from latent_sft.errors import ArtefactError, ConfigError, DataError, ExportError, TrainingError
+from latent_sft.methods import STAGES
 
 VERBS = ["run", "train", "finish", "label", "eval", "report", "generate", "export", "plan", "config", "env"]
 
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     stand_in("latent_sft.pipeline", run_experiment={})
     stand_in("latent_sft.train.run", train_stage=None)
-    stand_in("latent_sft.inference.label", make_labels=None)
+    stand_in("latent_sft.stores", make_labels=None)
     stand_in("latent_sft.inference.show", generate_one="z1 7 0.9")
     stand_in("latent_sft.evaluation.run", evaluate=None)
     stand_in("latent_sft.evaluation.report", write_report=Path("run/report/index.html"))
@@ -141,18 +141,20 @@ def test_generate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_export_of_an_experiment(calls: Calls, experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", experiment]) == 0
-    ((name, (config, out), options),) = calls
-    assert (name, config.name, out, options) == ("export_run", "demo", None, {"stage": "stage2"})
+    ((name, (config, model, out), _),) = calls
+    assert (name, config.name, model, out) == ("export_run", "demo", "latent-sft", Path(config.directory) / "export")
     assert capsys.readouterr().out == "run/export\n"
 
 
-def test_export_of_another_stage(calls: Calls, experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", experiment, "--stage", "kava", "seed=3"]) == 0
-    ((_, (config, _), options),) = calls
-    assert (config.seed, options) == (3, {"stage": "kava"})
-    with pytest.raises(SystemExit):
-        cli.main(["export", experiment, "--stage", "kafa"])
-    assert "unknown stage 'kafa'. Did you mean 'kava'?" in capsys.readouterr().err
+def test_export_of_another_model(calls: Calls, experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", experiment, "--model", "kava", "kava.train.enabled=true", "seed=3"]) == 0
+    ((_, (config, model, out), _),) = calls
+    assert (config.seed, model, out.name) == (3, "kava", "export-kava")
+    assert cli.main(["export", experiment, "--model", "kava"]) == 2
+    assert (
+        "got model 'kava', expected a latent reasoner that this experiment trains (latent-sft)"
+        in capsys.readouterr().err
+    )
 
 
 def test_export_of_a_checkpoint_and_push(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +170,7 @@ def test_export_of_a_checkpoint_and_push(calls: Calls, tmp_path: Path, capsys: p
     [
         (["{folder}"], "--out: expected a folder"),
         (["{folder}", "--out", "x", "--private"], "--private: only means"),
-        (["{folder}", "--out", "x", "--stage", "kava"], "--stage: only means something with an experiment"),
+        (["{folder}", "--out", "x", "--model", "kava"], "--model: only means something with an experiment"),
     ],
 )
 def test_export_options_that_do_not_fit(

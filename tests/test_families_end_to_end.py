@@ -27,15 +27,15 @@ from latent_sft.config.schema import LoraConfig
 from latent_sft.data.labels import LabelStore
 from latent_sft.data.records import load_splits
 from latent_sft.export.checkpoint import export_checkpoint
-from latent_sft.inference.encode import load_stage1
 from latent_sft.inference.generate import generate
-from latent_sft.inference.label import make_labels
 from latent_sft.inference.solve import as_rows
 from latent_sft.method.types import LatentSpec
+from latent_sft.methods import STAGES
+from latent_sft.methods.latent_sft import LABELS, load_stage1
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.load import add_lora, merged, save_lm
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.train.stages import STAGES
+from latent_sft.stores import make_labels
 from latent_sft.workspace import Workspace
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -80,12 +80,13 @@ def walk(family: str, tied: bool, tokenizer: PreTrainedTokenizerBase, folder: Pa
     stage1 = train(work, "stage1-union")
     assert stage1.marker.grad.abs().sum() > 0
     assert all(is_tied(lm) == tied for lm in (stage1.encoder, stage1.decoder))
-    step = make_labels(config, work)
-    store = LabelStore(step.directory / "store", expect=work.labels_made_from())
+    make_labels(config, work)
+    step = work.store_step(LABELS)
+    store = LabelStore(step.directory / "store", expect=work.store_made_from(LABELS))
     row = work.data["train"][0]
     label = store.get(row["id"], row["hash"])
     assert label.ids.shape == (len(row["segment_lengths"]), 4) and torch.isfinite(label.weights).all()
-    reloaded = load_stage1(work, work.step("stage1-union").final)
+    reloaded = load_stage1(work.step("stage1-union").final, config.model, config.model, work.spec)
     assert_same_weights(reloaded, stage1)
 
     stage2 = train(work, "stage2").lm
@@ -117,9 +118,9 @@ def train(work: Workspace, name: str) -> torch.nn.Module:
     """Take a few steps on one batch, as the stage builds model and batch, and save what the stage saves."""
     stage, step = STAGES[name], work.step(name)
     torch.manual_seed(0)
-    model = stage.build(work).train()
-    settings = work.config.stage(name)
-    batch = stage.collate(work, settings)(list(work.data["train"].select(range(6))))
+    setup = work.setup(name)
+    model = stage.model(setup).train()
+    batch = stage.batch(setup)(list(work.data["train"].select(range(6))))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(3):
@@ -134,7 +135,7 @@ def train(work: Workspace, name: str) -> torch.nn.Module:
         losses.append(loss.item())
     assert losses[-1] < losses[0], losses
     step.begin(0)
-    stage.save(model, work, step.final)
+    stage.save(model, setup, step.final)
     step.finish()
     return model.eval()
 

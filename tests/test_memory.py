@@ -13,12 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import latent_sft.train.run as run
-from latent_sft.config.schema import Config, LoraConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import LoraConfig
 from latent_sft.memory import GIB, LEVELS, Level, Numbers, Shape, Weights, activations, buffers, logits, model_states
+from latent_sft.methods import STAGES
 from latent_sft.models.load import add_lora
-from latent_sft.sizes import load_of, measure, read_examples, weights_of
+from latent_sft.sizes import load_of, measure, plan_setup, read_examples
 from latent_sft.train.run import train_stage
-from latent_sft.train.stages import STAGES
 from latent_sft.workspace import Workspace
 
 FULL = ()
@@ -60,7 +61,7 @@ def test_model_states_of_a_training_run(stage, settings, tiny_config, monkeypatc
     monkeypatch.setattr(run.StageProgress, "on_pre_optimizer_step", look, raising=False)
     train_stage(config, stage)
     examples = read_examples(config)
-    weights = weights_of(config, stage, measure(config, examples.spec.vocab_size))
+    weights = STAGES[stage].parameters(measure(config, examples.spec.vocab_size), plan_setup(config, stage, examples))
     assert len(held) == 2
     assert model_states(weights, Level(0), 1).gpu == pytest.approx(held[1], rel=0.01)
     assert model_states(weights, Level(0), 4).gpu == pytest.approx(held[1] + weights.trained_bytes, rel=0.01)
@@ -72,10 +73,11 @@ def test_model_states_of_a_training_run(stage, settings, tiny_config, monkeypatc
 )
 def test_weights_are_those_the_stages_build(settings, tiny_config):
     config = tiny_config("data.synthetic.num_train=12", *settings)
-    backbone = measure(config, Workspace(config).spec.vocab_size)
+    examples = read_examples(config)
+    backbone = measure(config, examples.spec.vocab_size)
     for stage in ("no-cot", "stage1-encoder", "stage1-decoder", "stage1-union", "kava"):
-        parameters = list(STAGES[stage].build(Workspace(only(config, stage))).parameters())
-        found = weights_of(config, stage, backbone)
+        parameters = list(STAGES[stage].model(Workspace(only(config, stage)).setup(stage)).parameters())
+        found = STAGES[stage].parameters(backbone, plan_setup(config, stage, examples))
         assert found.trained == sum(p.numel() for p in parameters if p.requires_grad), stage
         assert found.trained_bytes == sum(p.nbytes for p in parameters if p.requires_grad), stage
         assert found.frozen_bytes == sum(p.nbytes for p in parameters if not p.requires_grad), stage
@@ -87,7 +89,8 @@ def only(config: Config, stage: str) -> Config:
         phase: dataclasses.replace(getattr(config.stage1, phase), enabled=stage == f"stage1-{phase}")
         for phase in ("encoder", "decoder", "union")
     }
-    return dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, **phases))
+    stage1, stage2 = dataclasses.replace(config.stage1, **phases), dataclasses.replace(config.stage2, enabled=False)
+    return dataclasses.replace(config, stage1=stage1, stage2=stage2)
 
 
 def test_work_of_a_stage_is_that_of_its_batches(tiny_config):
@@ -95,15 +98,18 @@ def test_work_of_a_stage_is_that_of_its_batches(tiny_config):
     config = tiny_config(*ONE_PHASE, "cot.batch_size=120", "stage2.max_tokens=500")
     examples, work = read_examples(config), Workspace(config)
     rows = list(work.data["train"])
-    load = load_of(config, "cot", examples)
+    load = load_of("cot", plan_setup(config, "cot", examples), examples)
     end = len(work.spec.end_think_ids)
     lengths = [len(r["prompt"]) + len(r["cot"]) + end + len(r["answer"]) for r in rows]
     assert examples.count == 120 and load.tokens == pytest.approx(sum(lengths) / 120)
     assert load.positions == max(lengths) * 120
     assert load.labels == sum(len(r["cot"]) + end + len(r["answer"]) for r in rows)
-    union = load_of(config, "stage1-union", examples)
-    assert union.encoder_positions > 0 and load_of(config, "stage1-decoder", examples).encoder_positions == 0
-    assert load_of(config, "stage2", examples).positions <= 500
+    union, decoder, stage2 = (
+        load_of(stage, plan_setup(config, stage, examples), examples)
+        for stage in ("stage1-union", "stage1-decoder", "stage2")
+    )
+    assert union.encoder_positions > 0 and decoder.encoder_positions == 0
+    assert stage2.positions <= 500
 
 
 SIZES = {

@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from latent_sft import cli
-from latent_sft.config.schema import Config, DataConfig, LaunchConfig, Stage1Config, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import DataConfig, LaunchConfig
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, LatentSFTError
 from latent_sft.forecast import forecast
+from latent_sft.methods.latent_sft import Stage1Config
 from latent_sft.plan import plan
 from latent_sft.runs import Step
 
@@ -101,12 +104,12 @@ def finish(config: Config, *parts: str) -> None:
 
 def test_evaluation_is_finished_once_every_model_is(config: Config) -> None:
     # two trained models; the empty test source leaves the validation split
-    config = replace(config, no_cot=OFF, stage1=Stage1Config(encoder=OFF, decoder=OFF, union=OFF))
+    config = replace(config, stage1=Stage1Config(encoder=OFF, decoder=OFF, union=OFF), stage2=OFF)
     config = replace(config, data=DataConfig(test=""))
     assert comment(plan(config, "a.yaml"), "eval").endswith("[to do]")
     finish(config, "eval", "cot", "validation")
     assert comment(plan(config, "a.yaml"), "eval").endswith("[begun, not finished]")
-    finish(config, "eval", "latent-sft", "validation")
+    finish(config, "eval", "no-cot", "validation")
     assert comment(plan(config, "a.yaml"), "eval").endswith("[finished]")
 
 

@@ -29,12 +29,9 @@ from torch import Tensor
 from eval.speed.cases import FULL, TINY, Case, Size, build_lm, rows_of, spec_of
 from eval.speed.floor import synchronise
 from eval.speed.shared import resident
-from latent_sft.config.methods import SelfDistillConfig, kava
-from latent_sft.data.collate import explicit_batch
-from latent_sft.data.thought_batches import distill_batch
 from latent_sft.method.types import ThoughtSpec
-from latent_sft.models.explicit import ExplicitModel
-from latent_sft.models.self_distill import SelfDistillModel
+from latent_sft.methods.cot import ExplicitModel, explicit_batch
+from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel, distill_batch, kava
 from latent_sft.models.thoughts import Thoughts
 
 PATHS = ("kava", "codi", "student", "published")

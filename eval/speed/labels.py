@@ -11,8 +11,8 @@ import torch
 
 from eval.speed import plain
 from eval.speed.cases import FULL, QUICKSTART, TINY, Case, Path, Size, build_lm, rows_of, spec_of
-from latent_sft.inference.solve import gold_latents
 from latent_sft.method.types import Superposition
+from latent_sft.methods.latent_sft import gold_latents
 from latent_sft.models.stage1 import Stage1Model
 
 BATCH = 32

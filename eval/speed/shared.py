@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from latent_sft.config.load import load_config
-from latent_sft.data.collate import stage1_batch
-from latent_sft.train.stages import STAGES
+from latent_sft.methods import STAGES
+from latent_sft.methods.latent_sft import stage1_batch
 from latent_sft.workspace import Workspace
 
 SETTINGS = [
@@ -41,7 +41,7 @@ def measure(*, share: bool) -> dict[str, float]:
         rows = work.data["train"].select(range(2)).to_list()
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        model = STAGES["stage1-union"].build(work)
+        model = STAGES["stage1-union"].model(work.setup("stage1-union"))
         model(**stage1_batch(rows, work.spec, normalisation="token"))["ce_total"].backward()
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     peak = resident("VmHWM") - before

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from eval.speed import plain
 from eval.speed.cases import FULL, TINY, Case, Path, Size, build_lm, random_labels, rows_of, spec_of
-from latent_sft.data.collate import Batch, stage1_batch
+from latent_sft.data.collate import Batch
 from latent_sft.method.types import Superposition
+from latent_sft.methods.latent_sft import stage1_batch
 from latent_sft.models.stage1 import Stage1Model
 
 # r -> CoT lengths; the plain path takes minutes a call and gigabytes beyond PLAIN_UP_TO

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from eval.speed import plain
 from eval.speed.cases import FULL, TINY, Case, Path, Size, build_lm, random_labels, rows_of, spec_of
-from latent_sft.data.collate import Batch, stage2_batch
+from latent_sft.data.collate import Batch
 from latent_sft.method.types import Superposition
+from latent_sft.methods.latent_sft import stage2_batch
 from latent_sft.models.stage2 import Stage2Model
 
 

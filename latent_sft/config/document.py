@@ -12,14 +12,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from latent_sft.methods import METHODS
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
-SCHEMA = ("schema.py", "training.py", "methods.py")
+SCHEMA = (PACKAGE / "config/schema.py", PACKAGE / "config/training.py", *sorted((PACKAGE / "methods").glob("*.py")))
 
 PREAMBLE = """# Configuration
 
-Every key an experiment can set, with its default. This page is written by `make docs-config` from `schema.py`,
-`training.py` and `methods.py` in `latent_sft/config/`; edit the docstrings there.
+Every key an experiment can set, with its default. This page is written by `make docs-config` from the docstrings in
+`latent_sft/config/` and, for the sections of the methods, `latent_sft/methods/`; edit them there.
 
 Values come from three layers, the later ones stronger: these defaults, one YAML file, and `key=value` arguments:
 
@@ -52,11 +54,13 @@ class Section:
 
 def render() -> str:
     """Return the Markdown of all keys, section by section, in the order of `Config`."""
-    files = [(PACKAGE / "config" / name).read_text(encoding="utf-8") for name in SCHEMA]
-    sections = _read_sections("\n".join(files))
+    sections = _read_sections("\n".join(path.read_text(encoding="utf-8") for path in SCHEMA))
+    sections["CommonConfig"].children += [
+        (name, type(make()).__name__) for method in METHODS for name, make in method.sections.items()
+    ]
     spec_meanings = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
     order: list[str] = []
-    _place(sections, "Config", "", order)
+    _place(sections, "CommonConfig", "", order)
     return "\n".join([PREAMBLE, *(_markdown(sections[name], spec_meanings) for name in order)])
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from latent_sft.config.compat import PUBLISHED
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ConfigError, did_you_mean
+from latent_sft.methods import METHODS
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         layers.append((f"override {text!r}", layer))
     merged = OmegaConf.structured(Config)
     if any(OmegaConf.select(layer, "compat") == "published" for _, layer in layers):
-        merged = OmegaConf.merge(merged, PUBLISHED)
+        merged = OmegaConf.merge(merged, *(method.published for method in METHODS))
     try:
         merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
     except OmegaConfBaseException:

@@ -1,34 +1,18 @@
-"""The configuration of an experiment: frozen dataclasses with defaults, meanings and ranges. Imports nothing heavy.
+"""The settings that all methods share: frozen dataclasses with defaults, meanings and ranges. Imports nothing heavy.
 
-One YAML holds one experiment. Constants shared by stages (rate, top_k, ...) stand once, in `latent`.
-Ranges that need a tokenizer (ids, vocabulary) are checked later, by `LatentSpec`.
+One YAML holds one experiment; the sections of the methods stand in their modules (`latent_sft.methods`). Constants
+shared by stages (rate, top_k, ...) stand once, in `latent`. Ranges that need a tokenizer (ids, vocabulary) are checked
+later, by `LatentSpec`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
-from operator import attrgetter
 from typing import Literal
 
-from latent_sft.config.methods import CoconutConfig, SelfDistillConfig, SoftThinkingConfig, codi, kava, pccot
-from latent_sft.config.training import TrainConfig, need
+from latent_sft.config.training import need
 
-# from the first to the last stage of an experiment; `label` stands between stage1-union and stage2
-SECTIONS = {
-    "no-cot": "no_cot",
-    "cot": "cot",
-    "stage1-encoder": "stage1.encoder",
-    "stage1-decoder": "stage1.decoder",
-    "stage1-union": "stage1.union",
-    "stage2": "stage2",
-    "coconut": "coconut.train",
-    "codi": "codi.train",
-    "pccot": "pccot.train",
-    "kava": "kava.train",
-}
-"""Command-line name of every stage -> its section of the configuration."""
-STAGES = tuple(SECTIONS)
 INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
 
@@ -93,9 +77,9 @@ class DataConfig:
     """Empty: `validation_size` rows are split off train, seeded by `split_seed`; never taken from test."""
     test: str = "synthetic"
     """Empty: no test set."""
-    format: Literal["records", "gsm8k", "icot", "coconut"] = "records"
+    format: Literal["records", "gsm8k", "icot", "steps"] = "records"
     """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; icot: problem||steps ####
-    answer lines; coconut: JSON list with question/steps/answer."""
+    answer lines; steps: JSON list with question/steps/answer."""
     validation_format: str = ""
     """Format of the validation source where it differs (empty: as `format`)."""
     test_format: str = ""
@@ -129,8 +113,8 @@ class DataConfig:
         names = [f.name for f in fields(FieldsConfig)]
         for split in ("validation", "test"):
             form, other = f"{split}_format", f"{split}_fields"
-            known = getattr(self, form) in ("", "records", "gsm8k", "icot", "coconut")
-            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, icot or coconut")
+            known = getattr(self, form) in ("", "records", "gsm8k", "icot", "steps")
+            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, icot or steps")
             need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
         need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
@@ -271,47 +255,6 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage1Config:
-    """Encoder against a frozen decoder, decoder against a frozen encoder, then both (paper section 3)."""
-
-    init: Literal["base", "cot"] = "base"
-    """What encoder and decoder start from: the base model, or the `cot` stage's checkpoint."""
-    noise_scale: float = 0.0
-    """Gumbel noise on the latents while stage 1 trains (published: 0). The student of stage 2 reproduces latents only
-    nearly; a decoder that has read noisy ones still reads those."""
-    noise_start: float = 0.5
-    """Share of a phase's steps before that noise begins; from the first step on it keeps a phase from converging."""
-    attention: Literal["auto", "two_track", "flex", "dense"] = "auto"
-    """How the structured attention is computed, not what: two_track and flex (CUDA) skip masked pairs, dense builds
-    the whole mask and is the reference. auto: two_track where the model can, else dense."""
-    share_backbone: bool = False
-    """With model.lora: encoder and decoder are two adapters on one frozen model instead of two copies of it."""
-    encoder: TrainConfig = field(default_factory=TrainConfig)
-    decoder: TrainConfig = field(default_factory=TrainConfig)
-    union: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        need(self.noise_scale >= 0, "stage1.noise_scale", self.noise_scale, "a number >= 0")
-        need(0 <= self.noise_start < 1, "stage1.noise_start", self.noise_start, "0 <= share < 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelsConfig:
-    """The store of soft labels."""
-
-    batch_size: int = 64
-    shard_size: int = 1000
-    """Rows a shard; a killed run loses at most the shard it was writing."""
-    dtype: Literal["float16", "float32"] = "float16"
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        need(self.batch_size >= 1, "labels.batch_size", self.batch_size, "an integer >= 1")
-        need(self.shard_size >= 1, "labels.shard_size", self.shard_size, "an integer >= 1")
-        need(self.num_processes >= 1, "labels.num_processes", self.num_processes, "an integer >= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """What is measured after training, with greedy decoding unless `sample`."""
 
@@ -417,13 +360,13 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class CommonConfig:
     """One experiment."""
 
     name: str = "experiment"
     compat: Literal["none", "published"] = "none"
-    """published: the defaults become what the published code computes (see `config/compat.py`); what the file or the
-    command line says still wins."""
+    """published: the defaults become what the published code computes (`published` of the methods); what the file or
+    the command line says still wins."""
     run_dir: str = ""
     """Empty: runs/<name>."""
     seed: int = 0
@@ -433,16 +376,6 @@ class Config:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
-    no_cot: TrainConfig = field(default_factory=TrainConfig)
-    cot: TrainConfig = field(default_factory=TrainConfig)
-    stage1: Stage1Config = field(default_factory=Stage1Config)
-    labels: LabelsConfig = field(default_factory=LabelsConfig)
-    stage2: TrainConfig = field(default_factory=TrainConfig)
-    coconut: CoconutConfig = field(default_factory=CoconutConfig)
-    codi: SelfDistillConfig = field(default_factory=codi)
-    pccot: SelfDistillConfig = field(default_factory=pccot)
-    kava: SelfDistillConfig = field(default_factory=kava)
-    soft_thinking: SoftThinkingConfig = field(default_factory=SoftThinkingConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -451,31 +384,10 @@ class Config:
     def __post_init__(self) -> None:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
         need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
-        for stage in STAGES:
-            self.stage(stage).check(SECTIONS[stage])
-        for name in ("codi", "pccot", "kava"):
-            getattr(self, name).check(name)
-        phases = [s for s in STAGES if s.startswith("stage1") and self.stage(s).enabled]
-        if self.stage1.share_backbone:
-            need(self.model.lora.rank > 0, "stage1.share_backbone", True, "false, or adapters: model.lora.rank > 0")
-            for stage in phases[1:]:
-                given = self.stage(stage).start_from
-                need(not given, f"{SECTIONS[stage]}.start_from", given, "empty, or stage1.share_backbone=false")
-        mixed = [s for s in STAGES if self.model.dtype == "float16" and self.stage(s).mixed_precision == "bf16"]
-        need(not mixed, f"{SECTIONS[(mixed or STAGES)[0]]}.mixed_precision", "bf16", "fp16, as model.dtype=float16")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
-        fp16 = [s for s in STAGES if self.launch.zero and self.stage(s).mixed_precision == "fp16"]
-        need(not fp16, f"{SECTIONS[(fp16 or STAGES)[0]]}.mixed_precision", "fp16", "bf16 or no, where launch.zero > 0")
-        first = {"stage1": phases[0]} if phases else {}
-        first |= {name: name for name in ("coconut", "codi", "pccot", "kava") if self.stage(name).enabled}
-        for name, stage in first.items():
-            if getattr(self, name).init == "cot" and not self.stage(stage).start_from:
-                need(self.cot.enabled, f"{name}.init", "cot", "cot.enabled=true, since it starts from that stage")
         silent = self.eval.latent_noise and not self.latent.noise_scale
         need(not silent, "eval.latent_noise", True, "false, or latent.noise_scale > 0")
-        soft = self.soft_thinking.enabled
-        need(not soft or self.cot.enabled, "soft_thinking.enabled", soft, "cot.enabled=true, since it runs that model")
 
     @property
     def directory(self) -> str:
@@ -487,14 +399,3 @@ class Config:
         """`model` as a stage loads what it trains: all weights in float32, unless ZeRO or adapters see to that."""
         copied = self.model.lora.rank or self.launch.zero
         return self.model if copied else replace(self.model, dtype="float32")
-
-    def precision(self, stage: str) -> str:
-        """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""
-        said, dtype = self.stage(stage).mixed_precision, self.model.dtype
-        if said == "no" and dtype == "float16":
-            return "fp16"  # for its scaler: gradients of float16 end at 6e-8
-        return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
-
-    def stage(self, name: str) -> TrainConfig:
-        """Return the training settings of a stage by its command-line name (see STAGES)."""
-        return attrgetter(SECTIONS[name])(self)

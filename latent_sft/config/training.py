@@ -53,7 +53,7 @@ class TrainConfig:
     """cot and no-cot: learn the prompt's tokens too, as in pretraining; a model from scratch has no language yet."""
     ce_weight: float = 1.0
     kl_weight: float = 1.0
-    """stage2 only."""
+    """Of stages with a KL term."""
     log_every: int = 20
     eval_every: int = 0
     """Steps between evaluations on validation (answers decoded); 0 does so once an epoch."""
@@ -85,7 +85,7 @@ class TrainConfig:
         return replace(self, accumulation=self.global_batch_size // at_once)
 
     def check(self, section: str) -> None:
-        """Raise a ConfigError for a value out of range; `section` is where these settings stand, such as `stage2`."""
+        """Raise a ConfigError for a value out of range; `section` is where these settings stand."""
         need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
         need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
         need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
@@ -105,3 +105,8 @@ class TrainConfig:
         need(self.eval_examples >= 1, f"{section}.eval_examples", self.eval_examples, "an integer >= 1")
         need(self.save_every >= 0, f"{section}.save_every", self.save_every, "0 or a number of steps")
         need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
+
+
+def off() -> TrainConfig:
+    """Return the settings of a stage that is not trained unless it is asked for."""
+    return TrainConfig(enabled=False)

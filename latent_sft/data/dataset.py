@@ -16,7 +16,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config, DataConfig
+from latent_sft.config.schema import DataConfig
 from latent_sft.data.formats import Record
 from latent_sft.data.prompts import tokenize_record
 from latent_sft.data.records import Splits, normalised
@@ -76,7 +76,7 @@ class OnDemand(Mapping[str, Dataset]):
 
 
 def tokenized_splits(
-    config: Config,
+    data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     spec: LatentSpec,
     splits: Splits,
@@ -95,7 +95,7 @@ def tokenized_splits(
     Problems of train that occur in an evaluation split are counted in a warning when the second of them is made.
 
     Args:
-        config: `data` is used: limits and `on_error`.
+        data: limits and `on_error` are used.
         tokenizer: of the base model.
         spec: from `latent_sft.data.prompts.build_spec`.
         splits: from `latent_sft.data.records.load_splits`.
@@ -108,7 +108,7 @@ def tokenized_splits(
             row left.
         ArtefactError: the files could not be written.
     """
-    limits = (config.data.max_prompt_tokens, config.data.max_cot_tokens, config.data.on_error, max_positions)
+    limits = (data.max_prompt_tokens, data.max_cot_tokens, data.on_error, max_positions)
     settings = fingerprint(CACHE_FORMAT, spec.to_dict(), tokenizer_fingerprint(tokenizer), limits)
     keys = {split: fingerprint(settings, split, source) for split, source in splits.sources.items()}
 
@@ -116,7 +116,7 @@ def tokenized_splits(
         with in_turn():
             path = _cached(directory / split, keys[split])
             if path is None:
-                path = _build(directory / split, keys[split], splits, config.data, tokenizer, spec, max_positions)
+                path = _build(directory / split, keys[split], splits, data, tokenizer, spec, max_positions)
                 for other in ("validation", "test") if split == "train" else ("train",):
                     kept = _cached(directory / other, keys[other]) if other in keys else None
                     if kept is not None:

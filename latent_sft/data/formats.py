@@ -42,7 +42,7 @@ class RowFormat:
     """How rows are read.
 
     Attributes:
-        name: `records`, `gsm8k`, `icot` or `coconut`.
+        name: `records`, `gsm8k`, `icot` or `steps`.
         fields: field names of the `records` format.
         equations: of a `gsm8k` rationale keep only the `<<...>>` steps (GSM8K-Aug style).
         need_cot: an empty or unusable chain of thought is an error; evaluation needs problem and answer only.
@@ -67,7 +67,7 @@ def parse_row(value: Any, row_format: RowFormat, *, default_id: str) -> Record:
     Raises:
         DataError: `field 'x': what is wrong; expected y.`, without the place, which the caller knows.
     """
-    parse = {"records": _records, "gsm8k": _gsm8k, "icot": _icot, "coconut": _coconut}[row_format.name]
+    parse = {"records": _records, "gsm8k": _gsm8k, "icot": _icot, "steps": _question_steps}[row_format.name]
     return parse(value, row_format, default_id)
 
 
@@ -142,7 +142,7 @@ def _icot(value: Any, row_format: RowFormat, default_id: str) -> Record:
     return _record(default_id, problem, cot, answer, row_format, field="steps", what="nothing between '||' and '####'")
 
 
-def _coconut(value: Any, row_format: RowFormat, default_id: str) -> Record:
+def _question_steps(value: Any, row_format: RowFormat, default_id: str) -> Record:
     row = _object(value)
     cot, steps = _reasoning(row, None, "steps", row_format)
     answer = _number(_text(row, "answer", number=True))

@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config
+from latent_sft.config.schema import LatentConfig, PromptConfig
 from latent_sft.data.formats import Record, split_steps
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.method.layout import fixed_segments
@@ -33,19 +33,21 @@ _CONTROL = re.compile(r"<\|\w+\|>")
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 
 
-def build_spec(tokenizer: PreTrainedTokenizerBase, config: Config, vocab_size: int) -> LatentSpec:
+def build_spec(
+    tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, latent: LatentConfig, vocab_size: int
+) -> LatentSpec:
     """Return the LatentSpec of a configuration for this tokenizer.
 
     Args:
         tokenizer: of the base model.
-        config: `latent` and `prompt` are used.
+        prompt: how a problem becomes a prompt.
+        latent: settings of the latents.
         vocab_size: rows of the embedding table.
 
     Raises:
         ConfigError: a delimiter that the tokenizer cannot write, a chat template that is missing or refuses the system
             turn, no end-of-sequence token, or a value that LatentSpec refuses.
     """
-    prompt = config.prompt
     template = prompt.template
     if template == "auto":
         template = CHAT if tokenizer.chat_template else PLAIN_TEMPLATE
@@ -74,7 +76,7 @@ def build_spec(tokenizer: PreTrainedTokenizerBase, config: Config, vocab_size: i
         prompt_template=template,
         system_prompt=prompt.system,
         system_placement=prompt.system_placement,
-        **{**dataclasses.asdict(config.latent), "top_k": config.latent.top_k or vocab_size},
+        **{**dataclasses.asdict(latent), "top_k": latent.top_k or vocab_size},
     )
     for name, token_id in (("eos", spec.eos_id), ("pad", spec.pad_id)):
         if token_id >= vocab_size:
@@ -179,7 +181,7 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
     except DataError:
         if spec.segmentation == "step":
             raise
-        step_lengths = []  # only Coconut and the self-distilled methods read them, and say so
+        step_lengths = []  # only methods that replace steps read them, and say so
     segment_lengths = step_lengths if spec.segmentation == "step" else fixed_segments(len(cot), spec.rate)
     prompt = render_prompt(tokenizer, spec, record.problem)
     answer = [*encode_text(tokenizer, answer_text, spec), spec.eos_id]

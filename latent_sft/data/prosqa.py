@@ -1,6 +1,6 @@
 """ProsQA-style graph reasoning: does an entity reach one concept or another through a chain of `Every A is a B`?
 
-The task is that of Hao et al. 2024 (Coconut, arXiv 2412.06769). The construction is ours, with constants fitted to the
+The task is that of Hao et al. 2024 (arXiv 2412.06769). The construction is ours, with constants fitted to the
 300 problems of the public validation file: generated and public problems agree in nodes, edges, in-degrees, entities
 and steps (`tests/data/test_synthetic.py` holds the numbers). Names and concepts are those of that file, so that a model
 trained here can be evaluated there; no problem of it is used.

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from latent_sft.evaluation.results import MODELS, Row, role_of
+from latent_sft.evaluation.results import Row, role_of
+from latent_sft.methods import MODELS
 
 _SPARE = ("#4f5b93", "#93274a", "#7f9c2e", "#c76aa0", "#2f7f8f", "#a8843c")
 # of an accuracy after an intervention; the first is the untouched one
@@ -55,7 +56,7 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
     colours = colours_of(rows)
     rows = [r for r in rows if r.get(key) is not None]
     if key != STEPS:  # the passes of a gold path leave out those of its encoder, and what that has read
-        rows = [r for r in rows if role_of(r["kind"]) != "gold"] or rows
+        rows = [r for r in rows if role_of(r["kind"]) != "oracle"] or rows
     if not rows:
         return None
     splits, costs = list(dict.fromkeys(r["split"] for r in rows)), [r[key] for r in rows]

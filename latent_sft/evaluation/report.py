@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.results import MODELS, Row, Run, collect, read_run, rows_of
+from latent_sft.evaluation.results import Row, Run, collect, read_run, rows_of
 from latent_sft.evaluation.tables import (
     Table,
     accuracy,
@@ -30,6 +30,7 @@ from latent_sft.evaluation.tables import (
     latent_table,
     result_table,
 )
+from latent_sft.methods import MODELS
 from latent_sft.runs import write_atomically, write_json
 from latent_sft.variants import Job
 

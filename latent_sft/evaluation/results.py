@@ -20,46 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_sft.config.schema import STAGES
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
+from latent_sft.methods import MODELS, STAGES
 from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, read_json
 from latent_sft.variants import Job
 
 Row = Mapping[str, Any]
 SPLITS = ("test", "validation")
-
-
-class Model(NamedTuple):
-    """What a report has to know about a kind of model.
-
-    Attributes:
-        colour: in figures; empty takes a spare one.
-        meaning: one line.
-        role: `baseline` (differences are taken to it), `latent` (trained to think in latents, reads nothing but the
-            problem), `gold` (has read the reference CoT), or empty.
-    """
-
-    colour: str = ""
-    meaning: str = ""
-    role: str = ""
-
-
-MODELS = {
-    "no-cot": Model("#7d8590", "answers without reasoning"),
-    "cot": Model("#2f6fb0", "writes its reasoning", "baseline"),
-    "stage1": Model("#c98a1b", "the gold path, whose encoder has read the reference CoT", "gold"),
-    "latent-sft": Model("#b3365e", "thinks in mixtures of vocabulary embeddings", "latent"),
-    "soft-thinking": Model("#5aa5d6", "the CoT model, fed mixtures of its likeliest tokens; untrained"),
-    "coconut": Model("#8c6d46", "thinks in hidden states that replaced the CoT step by step", "latent"),
-    "codi": Model("#3b8f7a", "thinks in hidden states, distilled from its own CoT", "latent"),
-    "pccot": Model("#7b5ea7", "thinks in hidden states refined all at once, distilled from its own CoT", "latent"),
-    "kava": Model(
-        "#d9602b", "thinks in hidden states refined all at once, distilled from its own CoT and cache", "latent"
-    ),
-}
-"""In the order of tables; a model that is not here comes last."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +149,10 @@ def collect(jobs: Sequence[Job]) -> list[Method]:
 def label_methods(methods: list[Method]) -> list[Method]:
     """Name each method after its variant where that contributes just one, else after its model, or after both.
 
-    The gold path comes with every Latent-SFT and does not count.
+    An oracle comes with every model of its method and does not count.
     """
     for method in methods:
-        own = [m for m in methods if m.variant == method.variant and role_of(m.model) != "gold"]
+        own = [m for m in methods if m.variant == method.variant and role_of(m.model) != "oracle"]
         unique = sum(m.model == method.model for m in methods) == 1
         alone = own == [method]
         method.label = method.variant if alone else method.model if unique else f"{method.variant}/{method.model}"
@@ -255,7 +224,7 @@ def table_of(method: Method, other: Method | None = None) -> np.ndarray:
 
 def role_of(model: str) -> str:
     """Return the role of a model, empty where it has none."""
-    return MODELS.get(model, Model()).role
+    return MODELS[model].role if model in MODELS else ""
 
 
 def _led_to(manifest: Row, made: Mapping[Any, Row]) -> dict[Any, Row]:

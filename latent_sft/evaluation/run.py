@@ -8,44 +8,26 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.causal import check_given, intervene
 from latent_sft.evaluation.score import score
-from latent_sft.inference.encode import load_stage1
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
-from latent_sft.method.types import Soft, ThoughtSpec
-from latent_sft.models.load import load_lm
-from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
-from latent_sft.plan import MODELS, models_of
-from latent_sft.runs import MANIFEST, Step, fingerprint, read_json, write_json
+from latent_sft.methods import MODELS, method_of
+from latent_sft.plan import models_of
+from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
 from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-
-class Thinker(NamedTuple):
-    """A model with how it thinks, as `inference.solve` takes them."""
-
-    kind: str
-    model: nn.Module
-    thoughts: Thoughts | None = None
-    soft: Soft | None = None
-
-    @property
-    def lm(self) -> nn.Module:
-        """The causal LM that answers."""
-        return self.model.decoder if self.kind == "gold" else self.model
 
 
 def evaluate(
@@ -60,7 +42,7 @@ def evaluate(
 
     Args:
         config: the experiment.
-        models: of `plan.MODELS`; None takes all that are enabled.
+        models: of `methods.MODELS`; None takes all that are enabled.
         splits: `validation`, `test`; None takes `eval.splits`.
         work: the opened experiment, where the caller has it.
 
@@ -104,10 +86,12 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     _set_aside(step, path)
     if step.is_finished() and path.exists():
         return step.results()["summary"]
-    thinker = _load(work, name, source)
+    own = config.settings(method_of(name).settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    thinker = MODELS[name].load(source.final, config.model, work.spec, own, device)
     rows = as_rows(work.data[split], settings.limit)
     skipped = skipped_rows(work.directory / "data" / split)
-    if thinker.kind == "gold":
+    if thinker.oracle is not None:
         with_cot = [r for r in rows if r["cot"]]
         skipped |= {"no usable CoT": len(rows) - len(with_cot)} if len(with_cot) < len(rows) else {}
         rows = with_cot
@@ -127,14 +111,11 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     began = time.perf_counter()
     with tqdm(total=len(repeated), desc=f"eval {name} {split}", unit="problem") as bar:
         decoded = solve(
-            thinker.kind,
-            thinker.model,
+            thinker,
             work.spec,
             repeated,
             batch_size=settings.batch_size,
             max_cot_tokens=settings.max_cot_tokens,
-            thoughts=thinker.thoughts,
-            soft=thinker.soft,
             sampling=sampling,
             progress=bar.update,
         )
@@ -180,8 +161,7 @@ def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
         "eval": settings,
         "spec": work.spec.to_dict(),
     }
-    if name == "soft-thinking":
-        inputs["soft"] = dataclasses.asdict(work.config.soft_thinking)
+    inputs |= MODELS[name].identity(work.config.settings(method_of(name).settings))
     return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
 
 
@@ -204,27 +184,8 @@ def _set_aside(step: Step, result: Path) -> None:
 def _interventions(work: Workspace, name: str, split: str) -> list[str]:
     # on the split the report is about; without reasoning there is nothing to change
     chosen = "test" if "test" in work.data else "validation"
-    return list(work.config.eval.interventions) if split == chosen and name != "no-cot" else []
+    return list(work.config.eval.interventions) if split == chosen and MODELS[name].reasons else []
 
 
 def _text_of(work: Workspace) -> Any:
     return lambda ids: answer_text(work.tokenizer, ids)
-
-
-def _load(work: Workspace, name: str, source: Step) -> Thinker:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "stage1":
-        return Thinker("gold", load_stage1(work, source.final).to(device))
-    model = load_lm(source.final, work.config.model).to(device)
-    if name == "soft-thinking":
-        settings = dataclasses.asdict(work.config.soft_thinking)
-        del settings["enabled"]
-        return Thinker("soft", model, soft=Soft(**settings))
-    how = read_json(source.final / "thinker.json")
-    return Thinker(how["thinker"], model, thoughts=_thoughts(source.final, how, device))
-
-
-def _thoughts(folder: Path, how: dict[str, Any], device: torch.device) -> Thoughts | None:
-    if "thoughts" not in how:
-        return None
-    return load_thoughts(folder / THOUGHTS_FILE, ThoughtSpec(**how["thoughts"]), device)

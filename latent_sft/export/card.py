@@ -8,22 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_sft import __version__
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.export import card_thoughts
 from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.methods import method_of
 from latent_sft.runs import MANIFEST, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRANSFORMERS = ">=5.0,<6"  # the versions that exports were run with
-CITATION = """@article{deng2025latentsft,
-  title   = {LLM Latent Reasoning as Chain of Superposition},
-  author  = {Jingcheng Deng and Liang Pang and Zihao Wei and Shicheng Xu and Zenghao Duan and Kun Xu and Yang Song and
-             Huawei Shen and Xueqi Cheng},
-  journal = {arXiv preprint arXiv:2510.15522},
-  year    = {2025}
-}"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +30,7 @@ class CardFacts:
         base_model: Hub name of the model it was trained from; None for a model trained from scratch.
         training_data: sentences on the data; empty where it is not known.
         results: split -> summary of an evaluation (see `evaluation.score`), and how it decoded as `decoding`.
-        method: `latent-sft`, `coconut`, `codi`, `pccot` or `kava`; empty where it is not known.
+        method: of `methods.MODELS`; empty where it is not known.
     """
 
     name: str
@@ -47,9 +41,7 @@ class CardFacts:
     method: str = ""
 
 
-def facts_of_run(
-    config: Config, manifest: Mapping[str, Any], evaluations: Path, method: str = "latent-sft"
-) -> CardFacts:
+def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path, method: str) -> CardFacts:
     """Collect the facts of an experiment.
 
     Args:
@@ -82,16 +74,16 @@ def model_card(
         spec: settings.
         tokenizer: of the model.
         facts: what the checkpoint does not say.
-        thoughts: of a model that thinks in hidden states; None is Latent-SFT.
+        thoughts: of a model that thinks in hidden states; None is one that thinks in superpositions.
     """
     prompt = prompt_code(spec, _opened(spec, tokenizer))
     if thoughts is None:
         what, arguments, settings = _method(spec, facts), LATENT_ARGUMENTS, _latent_settings(spec)
-        limits, citation = _limitations(spec), f"The method:\n\n```bibtex\n{CITATION}\n```"
+        limits = _limitations(spec)
     else:
         what = card_thoughts.method(thoughts, facts.method, _origin(facts))
         arguments, settings = card_thoughts.ARGUMENTS, card_thoughts.settings(thoughts)
-        limits, citation = card_thoughts.limitations(spec, thoughts), card_thoughts.citation(facts.method)
+        limits = card_thoughts.limitations(spec, thoughts)
     sections = [
         _front_matter(facts, thoughts),
         f"# {facts.name}\n\n{what}",
@@ -100,7 +92,7 @@ def model_card(
         f"## Settings of the latents\n\n{_settings(spec, settings, thoughts)}",
         f"## Results\n\n{_results(facts)}",
         f"## Limitations\n\n{limits}",
-        f"## Citation\n\n{citation}\n\nWritten by latent_sft {__version__}.",
+        f"## Citation\n\n{card_thoughts.citation(facts.method)}\n\nWritten by latent_sft {__version__}.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -143,8 +135,8 @@ def _front_matter(facts: CardFacts, thoughts: ThoughtSpec | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {facts.license}"]
     if facts.base_model:
         lines.append(f"base_model: {facts.base_model}")
-    method = "latent-sft" if thoughts is None else facts.method or "continuous-thoughts"
-    return "\n".join([*lines, "tags:", "  - latent-reasoning", f"  - {method}", "  - custom_generate", "---"])
+    tags = ["latent-reasoning", *([facts.method] if facts.method else []), "custom_generate"]
+    return "\n".join([*lines, "tags:", *(f"  - {tag}" for tag in tags), "---"])
 
 
 def _origin(facts: CardFacts) -> str:
@@ -154,13 +146,12 @@ def _origin(facts: CardFacts) -> str:
 
 
 def _method(spec: LatentSpec, facts: CardFacts) -> str:
+    story = method_of(facts.method).story if facts.method else ""
     chunk = "one reasoning step" if spec.segmentation == "step" else f"{spec.rate} tokens of written reasoning"
     return (
-        "A reasoner trained with Latent-SFT ([arXiv 2510.15522](https://arxiv.org/abs/2510.15522))"
-        f"{_origin(facts)}.\n"
+        f"A reasoner {card_thoughts.trained_with(facts.method)}{_origin(facts)}.\n"
         f"Before it answers it thinks in latent tokens: each is a mix of {spec.top_k} vocabulary entries, stands for "
-        f"{chunk} and is fed back as the next input embedding.\n"
-        "An encoder learned to compress reasoning into such tokens; then this model learned to produce them by itself."
+        f"{chunk} and is fed back as the next input embedding.\n{story}"
     )
 
 

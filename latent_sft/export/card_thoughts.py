@@ -1,26 +1,17 @@
-"""What the model card of a model says that thinks in hidden states (Coconut, CODI, PCCoT, KaVa)."""
+"""What a model card says of the method, and of a model that thinks in hidden states."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from latent_sft.method.types import LatentSpec, ThoughtSpec
-
-METHODS = {
-    "coconut": ("Coconut", "2412.06769", "Training Large Language Models to Reason in a Continuous Latent Space"),
-    "codi": ("CODI", "2502.21074", "CODI: Compressing Chain-of-Thought into Continuous Space via Self-Distillation"),
-    "pccot": ("PCCoT", "2506.18582", "Parallel Continuous Chain-of-Thought with Jacobi Iteration"),
-    "kava": ("KaVa", "2510.02312", "KaVa: Latent Reasoning via Compressed KV-Cache Distillation"),
-}
-"""Stage -> name, arXiv number and title."""
+from latent_sft.methods import method_of
 
 ARGUMENTS = "`do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
 
 
 def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
     """Return what the model is and how it thinks; `origin` is ` from BASE` or empty."""
-    known = METHODS.get(name)
-    trained = f"trained with {known[0]} ([arXiv {known[1]}](https://arxiv.org/abs/{known[1]}))" if known else "trained"
     count = thoughts.num_latents
     if thoughts.iterations == 0:
         how = f"reads {count} pause tokens, one trained embedding fed {count} times, in the pass that reads the prompt."
@@ -32,7 +23,7 @@ def method(thoughts: ThoughtSpec, name: str, origin: str) -> str:
     weights = (
         "`thoughts.safetensors` holds the weights of that; `custom_generate/generate.py` reads it beside the model."
     )
-    return f"A reasoner {trained}{origin}.\nBefore it answers it {how}\n{weights}"
+    return f"A reasoner {trained_with(name)}{origin}.\nBefore it answers it {how}\n{weights}"
 
 
 def settings(thoughts: ThoughtSpec) -> list[tuple[str, Any]]:
@@ -57,9 +48,19 @@ def limitations(spec: LatentSpec, thoughts: ThoughtSpec) -> str:
     )
 
 
+def trained_with(name: str) -> str:
+    """Return which method a model was trained with, as part of a sentence."""
+    if not name:
+        return "trained"
+    known = method_of(name)
+    return f"trained with {known.title} ([arXiv {known.arxiv}](https://arxiv.org/abs/{known.arxiv}))"
+
+
 def citation(name: str) -> str:
-    """Return title and number of the paper."""
-    known = METHODS.get(name)
-    if known is None:
+    """Return the paper of a method, as BibTeX."""
+    if not name:
         return "The method is not recorded with this checkpoint."
-    return f"The method: {known[2]}, [arXiv {known[1]}](https://arxiv.org/abs/{known[1]})."
+    known = method_of(name)
+    fields = {"title": known.paper, "eprint": known.arxiv, "archivePrefix": "arXiv"}
+    lines = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
+    return f"The method:\n\n```bibtex\n@misc{{arxiv{known.arxiv},\n{lines}\n}}\n```"

@@ -23,20 +23,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_sft import __version__
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError, ConfigError, ExportError
 from latent_sft.export.bundle import bundle
 from latent_sft.export.card import TRANSFORMERS, CardFacts, facts_of_run, model_card
 from latent_sft.export.chat import chat_template
 from latent_sft.export.remote import REMOTE_FILE, remote_code
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
+from latent_sft.methods import MODELS
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
 from latent_sft.runs import Step, read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STAGES = ("stage2", "coconut", "codi", "pccot", "kava")
 THINKER_FILE = "thinker.json"
 CODE_FILE = "custom_generate/generate.py"
 REQUIREMENTS_FILE = "custom_generate/requirements.txt"
@@ -56,38 +56,32 @@ COPIED = (
 )
 
 
-def export_run(config: Config, out: Path | None = None, stage: str = "stage2") -> Path:
+def export_run(config: Config, model: str, out: Path) -> Path:
     """Export a latent reasoner of an experiment, with what is known about it in the model card.
 
     Args:
-        config: the experiment; the stage must be finished. Its evaluations (for stage 2 those of `latent-sft`) are
-            listed.
-        out: folder to write; None is `<run>/export`, and `<run>/export-STAGE` for another stage than stage 2.
-        stage: of STAGES.
+        config: the experiment; the model must be trained. Its evaluations are listed.
+        model: one of `methods.MODELS` that is `exported`.
+        out: folder to write.
 
     Returns:
         The folder.
 
     Raises:
-        ArtefactError: the stage is not finished.
-        ConfigError: no such stage, or one that trains no latent reasoner.
+        ArtefactError: its last stage is not finished.
         ExportError: see `export_checkpoint`.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"export: got stage {stage!r}, expected one of {', '.join(STAGES)}.")
     directory = Path(config.directory)
-    step = Step(directory=directory / stage, inputs={})
-    method, name = ("latent-sft", "export") if stage == "stage2" else (stage, f"export-{stage}")
-    facts = facts_of_run(config, step.results(), directory / "eval" / method, method)
-    return export_checkpoint(step.final, out or directory / name, card=facts)
+    step = Step(directory=directory / MODELS[model].stages[-1], inputs={})
+    facts = facts_of_run(config, step.results(), directory / "eval" / model, model)
+    return export_checkpoint(step.final, out, card=facts)
 
 
 def export_checkpoint(source: Path, out: Path, *, card: CardFacts | None = None) -> Path:
     """Write a checkpoint as a plain Hugging Face folder, complete or not at all.
 
     Args:
-        source: folder with config, safetensors, tokenizer and `latent_spec.json`, such as `<run>/stage2/final` or
-            `<run>/kava/final`.
+        source: folder with config, safetensors, tokenizer and `latent_spec.json`, such as `<run>/STAGE/final`.
         out: folder to write. An earlier export there is replaced once the new one is complete.
         card: facts for the model card; None writes only what the checkpoint itself says.
 
@@ -152,11 +146,11 @@ def generate_source(spec: LatentSpec, thoughts: ThoughtSpec | None = None) -> st
 
 def _read_spec(source: Path) -> LatentSpec:
     if not source.is_dir():
-        raise ExportError(f"{source}: no such folder; expected a trained checkpoint such as runs/NAME/stage2/final.")
+        raise ExportError(f"{source}: no such folder; expected a trained checkpoint such as runs/NAME/STAGE/final.")
     if not (source / SPEC_FILE).is_file():
         raise ExportError(
             f"{source / SPEC_FILE}: missing. Only checkpoints of this package can be exported, such as "
-            "runs/NAME/stage2/final; of another model the settings of its latents are not known."
+            "runs/NAME/STAGE/final; of another model the settings of its latents are not known."
         )
     try:
         return LatentSpec.from_dict(read_json(source / SPEC_FILE))

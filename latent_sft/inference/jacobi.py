@@ -1,4 +1,4 @@
-"""All latents at once, a few times over (PCCoT, KaVa): what happens between a prompt and its answer where T < M.
+"""All latents at once, a few times over (arXiv 2506.18582): what happens between a prompt and its answer where T < M.
 
     pass 1      prompt, M placeholders                  -> first inputs of the latents
     pass 2..T   the latents, each fed the state before it in the last pass

@@ -1,6 +1,6 @@
-"""KaVa: which of the teacher's keys and values a student's latents are drawn to, and by which distance.
+"""Distilling a cache: which of the teacher's keys and values a student's latents are drawn to, and by which distance.
 
-Source: arXiv 2510.02312 (KaVa), eviction score after R-KV (arXiv 2505.24133). For a layer and a key head, over the N
+Source: arXiv 2510.02312, eviction score after R-KV (arXiv 2505.24133). For a layer and a key head, over the N
 tokens of the trace:
 
     I_i = mean over answer queries j and query heads of softmax_i(q_j . k_i / sqrt(d))      importance
@@ -11,7 +11,7 @@ tokens of the trace:
 
 Every function works on one layer, and on each example alone: a batch of N is N single examples, whatever the padding.
 Published code takes the teacher's standard deviation over the batch; here it is that of each example, or the loss of a
-row would depend on its neighbours. The distance of hidden states at one token (CODI, arXiv 2502.21074) is here as well.
+row would depend on its neighbours. The distance of hidden states at one token (arXiv 2502.21074) is here as well.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def kv_distance(
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], *, loss: str, std: str) -> Tensor:
-    """Return CODI's distance of the hidden states at one token, mean over layers, one an example.
+    """Return the distance (arXiv 2502.21074) of the hidden states at one token, mean over layers, one an example.
 
     Args:
         student: one `[B, D]` a layer.

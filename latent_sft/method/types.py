@@ -152,7 +152,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThoughtSpec:
-    """How a model thinks in hidden states (Coconut, CODI, PCCoT, KaVa); stands in `thinker.json` beside the weights.
+    """How a model thinks in hidden states; stands in `thinker.json` beside the weights.
 
     Attributes:
         num_latents: M, always as many.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.method.types import LatentSpec
+from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
 from latent_sft.models.backbone import core, embed, input_table
 from latent_sft.models.head import check_head
 from latent_sft.models.sharding import whole
@@ -275,6 +276,13 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
         raise ArtefactError(
             f"{folder}: could not be written ({_first_line(error)}); nothing partial was left."
         ) from error
+
+
+def save_thinker(folder: Path, spec: LatentSpec, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
+    """Write the spec beside a model, and how it thinks; `continuous` comes with M and T."""
+    write_json(folder / SPEC_FILE, spec.to_dict())
+    how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
+    write_json(folder / "thinker.json", {"thinker": thinker, **how})
 
 
 def initial_marker(lm: nn.Module, spec: LatentSpec) -> Tensor:

@@ -1,8 +1,8 @@
 """How a model reads a prompt, thinks in hidden states and reads on; every part once, whatever needs it afterwards.
 
     z_1 = f(h of the last prompt token)                                                          f: models.thoughts
-    sequential  z_{i+1} = f(h of z_i), one latent a pass                                          (Coconut, CODI)
-    parallel    T passes over all M latents, causal: inputs of the next are z_1, f(h of latents 1..M-1)     (PCCoT)
+    sequential  z_{i+1} = f(h of z_i), one latent a pass
+    parallel    T passes over all M latents, causal: inputs of the next are z_1, f(h of latents 1..M-1)
                 the first pass is that over the prompt, with M placeholders behind it; z_1 never changes
 
 What comes after the latents reads the keys and values of the last pass over them. T = 0 leaves those of the

@@ -1,4 +1,4 @@
-"""From a hidden state to the next input: what Coconut, CODI, PCCoT and KaVa add to a causal LM."""
+"""From a hidden state to the next input: what thinking in hidden states adds to a causal LM."""
 
 from __future__ import annotations
 

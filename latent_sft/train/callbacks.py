@@ -12,7 +12,6 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
-from latent_sft.models.stage1 import Stage1Model
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
 
 log = logging.getLogger(__name__)
@@ -84,17 +83,6 @@ class StopAtAccuracy(TrainerCallback):
         """Stop when the threshold is met."""
         if metrics and metrics.get("eval_accuracy", 0.0) >= self.accuracy:
             control.should_training_stop = True
-
-
-class LateNoise(TrainerCallback):
-    """Turns the noise of stage 1 on after a share of the phase."""
-
-    def __init__(self, model: Stage1Model, scale: float, start: float) -> None:
-        self.model, self.scale, self.start = model, scale, start
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the scale of the coming step; a resumed run finds it by its step."""
-        self.model.noise_scale = self.scale if state.global_step >= self.start * state.max_steps else 0.0
 
 
 class StageProgress(ProgressCallback):

@@ -11,11 +11,10 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.errors import ArtefactError
+from latent_sft.methods.base import Setup, Stage
 from latent_sft.runs import FINISHED, Step
 from latent_sft.train.interruption import last_checkpoint, rotate
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import Stage
-from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +65,10 @@ def write_final(
     state: TrainerState,
     sampler: LengthBucketSampler | TokenBatchSampler,
     stage: Stage,
-    work: Workspace,
+    setup: Setup,
     step: Step,
     seconds: float,
-    keep_checkpoint: bool,
+    train_rows: int,
     **results: Any,
 ) -> None:
     """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
@@ -78,14 +77,14 @@ def write_final(
     """
     newest = Path(str(last_checkpoint(step.directory)))
     best = step.directory / f"checkpoint-{state.best_global_step}"
-    model = stage.build(work)
+    model = stage.model(setup)
     model.load_state_dict(load_file((best if best.is_dir() else newest) / SAFE_WEIGHTS_NAME), strict=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    stage.save(model, work, step.final)
+    stage.save(model, setup, step.final)
     step.finish(
         train_seconds=round(seconds, 1),
-        train_rows=len(work.data["train"]),
+        train_rows=train_rows,
         steps=state.global_step,
         examples_seen=sampler.examples_until(state.global_step),
         parameters=parameters,
@@ -95,7 +94,9 @@ def write_final(
         **results,
     )
     # the best one is in final/ now, but a prolonged stage may find no better one
-    needed = {int(newest.name.removeprefix("checkpoint-")), state.best_global_step} if keep_checkpoint else set()
+    needed = (
+        {int(newest.name.removeprefix("checkpoint-")), state.best_global_step} if setup.train.keep_checkpoint else set()
+    )
     rotate(step.directory, 0, needed)
     best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
     log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from latent_sft.config.schema import SECTIONS, TrainConfig
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import TrainingError
 from latent_sft.runs import write_json
 
@@ -26,7 +26,7 @@ def with_ids(
     return {**collate(rows), "row_ids": [row["id"] for row in rows]}
 
 
-def check_rows(num_rows: int, train: TrainConfig, stage: str, num_processes: int) -> None:
+def check_rows(num_rows: int, train: TrainConfig, section: str, num_processes: int) -> None:
     """Refuse a training set that cannot fill one optimizer step: its processes would run out of rows.
 
     Raises:
@@ -38,7 +38,7 @@ def check_rows(num_rows: int, train: TrainConfig, stage: str, num_processes: int
     if num_rows < per_step:
         how = "Lower global_batch_size" if train.global_batch_size else "Lower one of the three"
         raise TrainingError(
-            f"{stage}: {num_rows} training rows, but one optimizer step takes {per_step} ({SECTIONS[stage]}.batch_size="
+            f"{section}: {num_rows} training rows, but one optimizer step takes {per_step} ({section}.batch_size="
             f"{train.batch_size} x accumulation={train.accumulation} x {num_processes} processes). {how}, or give more "
             "rows (data.train, data.limit_train)."
         )

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from latent_sft.config.schema import TrainConfig
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, Interrupted, TrainingError
 from latent_sft.runs import read_json, write_atomically, write_json
 

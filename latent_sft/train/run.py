@@ -8,6 +8,7 @@ checkpoint; `finish_stage` ends one where it stands.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -19,23 +20,24 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from latent_sft.config.schema import SECTIONS, Config, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
-from latent_sft.inference.encode import store_latents
 from latent_sft.inference.solve import as_rows
+from latent_sft.methods import STAGES
+from latent_sft.methods.base import Setup, Stage
 from latent_sft.models.backbone import core
-from latent_sft.models.stage1 import Stage1Model
 from latent_sft.runs import Step, read_json
+from latent_sft.stores import store_latents
 from latent_sft.train import zero
-from latent_sft.train.callbacks import LateNoise, MetricsFile, StageProgress, StopAtAccuracy
-from latent_sft.train.curriculum import ForgetMoments, Staged, numbered
+from latent_sft.train.callbacks import MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.train.ending import check_length, departures, state_of, write_final
 from latent_sft.train.guards import check_rows, said_if_alone, with_ids
 from latent_sft.train.interruption import MARKER, Interruption, last_checkpoint, same_step
 from latent_sft.train.reporting import EndOfReport, check_reporters
-from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
-from latent_sft.train.stages import STAGES, validation_metrics
+from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 from latent_sft.train.trainer import LatentTrainer
+from latent_sft.train.validation import validation_metrics
 from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
 
     Args:
         config: the experiment.
-        name: a stage of `latent_sft.config.schema.STAGES`.
+        name: a stage of `latent_sft.methods.STAGES`.
         work: the opened experiment, where the caller has it.
 
     Returns:
@@ -71,45 +73,45 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         log.info("%s: starts from %s", name, source.final)
     with processes().main_process_first():
         checkpoint = last_checkpoint(step.directory)
-    history = departures(step, checkpoint, SECTIONS[name])
-    train = same_step(train, SECTIONS[name], checkpoint, processes().num_processes)
+    history = departures(step, checkpoint, stage.section)
+    train = same_step(train, stage.section, checkpoint, processes().num_processes)
     if checkpoint:
         zero.check_checkpoint(checkpoint, config.launch)
     deepspeed = zero.settings(config, train)
-    if name == "stage1-decoder":
+    if stage.reads is not None and not stage.reads.name:
         store_latents(work, name)
+    elif stage.reads is not None:
+        work.store_step(stage.reads).results()
+    setup = dataclasses.replace(work.setup(name), train=train)
     set_seed(config.seed)
     zero.begin(config.launch)
     with zero.loading(config):
-        model = stage.build(work)
+        model = stage.model(setup)
     zero.one_dtype(model, deepspeed)
     if train.gradient_checkpointing:
         _checkpoint_activations(model)
     rows = as_rows(work.data["validation"], train.eval_examples)
-    if stage.thinker == "gold":
+    if stage.thinker(model).oracle is not None:
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
-    check_rows(len(work.data["train"]), train, name, processes().num_processes)
-    sampler = _sampler(train, name, work, train.accumulation * processes().num_processes)
+    check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
+    curriculum = stage.curriculum(setup)
+    sampler = _sampler(stage, setup, work, train.accumulation * processes().num_processes)
     total = _total_steps(train, sampler)
     if checkpoint:
-        check_length(step, state_of(checkpoint), total, SECTIONS[name])
-    train_rows = Staged(work.data["train"]) if name == "coconut" else work.data["train"]
-    collate = stage.collate(work, train)  # checks what the stage reads, before anything is written
+        check_length(step, state_of(checkpoint), total, stage.section)
+    train_rows = work.data["train"] if curriculum is None else Phased(work.data["train"])
+    collate = stage.batch(setup)
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
         step.begin(config.seed, history)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
-    callbacks: list[TrainerCallback] = [metrics]
+    callbacks: list[TrainerCallback] = [metrics, *stage.callbacks(model, setup)]
     if config.report_to:
         callbacks.append(EndOfReport())
     if train.stop_at_accuracy:
         callbacks.append(StopAtAccuracy(train.stop_at_accuracy))
-    if config.stage1.noise_scale and isinstance(model, Stage1Model):
-        callbacks.append(LateNoise(model, config.stage1.noise_scale, config.stage1.noise_start))
-    if name == "coconut" and config.coconut.reset_optimizer:
-        callbacks.append(ForgetMoments(config.coconut))
     trainer = LatentTrainer(
         model=model,
         args=_arguments(train, step.directory, config, deepspeed, config.precision(name)),
@@ -117,7 +119,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         eval_dataset=work.data["validation"],  # asked for by the Trainer; LatentTrainer.evaluate decodes instead
         data_collator=collate,
         callbacks=callbacks,
-        weights=stage.weights(config),
+        weights=stage.terms(setup),
         end_id=work.spec.end_think_ids[0],
         evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
         sampler=sampler,
@@ -141,7 +143,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
             raise
     zero.end(config.launch)
     if trainer.is_world_process_zero():
-        write_final(trainer.state, sampler, stage, work, step, metrics.elapsed(), train.keep_checkpoint)
+        write_final(trainer.state, sampler, stage, setup, step, metrics.elapsed(), len(work.data["train"]))
     trainer.accelerator.wait_for_everyone()
     if interruption.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
@@ -153,7 +155,7 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
 
     Args:
         config: the experiment.
-        name: a stage of `latent_sft.config.schema.STAGES`; nothing may be training it.
+        name: a stage of `latent_sft.methods.STAGES`; nothing may be training it.
         work: the opened experiment, where the caller has it.
 
     Returns:
@@ -163,7 +165,7 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
         ArtefactError: there is no complete checkpoint, or the folder belongs to another experiment.
     """
     work = work or Workspace(config)
-    step, train = work.step(name), config.stage(name)
+    step, stage = work.step(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already (%s)", name, step.directory)
         return step
@@ -171,13 +173,14 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
     if checkpoint is None:
         raise ArtefactError(
             f"{step.directory}: no complete checkpoint, so there is nothing to finish with. `latent-sft train {name}` "
-            f"writes one at every evaluation, or every {SECTIONS[name]}.save_every steps, and when it is told to stop."
+            f"writes one at every evaluation, or every {stage.section}.save_every steps, and when it is told to stop."
         )
     facts = read_json(Path(checkpoint) / MARKER)
-    sampler = _sampler(train, name, work, facts["accumulation"] * facts["processes"])
-    step.begin(config.seed, departures(step, checkpoint, SECTIONS[name], ends=True))
-    state, seconds = state_of(checkpoint), _seconds_before(checkpoint)
-    write_final(state, sampler, STAGES[name], work, step, seconds, train.keep_checkpoint, ended_early=True)
+    setup = work.setup(name)
+    sampler = _sampler(stage, setup, work, facts["accumulation"] * facts["processes"])
+    step.begin(config.seed, departures(step, checkpoint, stage.section, ends=True))
+    state, seconds, rows = state_of(checkpoint), _seconds_before(checkpoint), len(work.data["train"])
+    write_final(state, sampler, stage, setup, step, seconds, rows, ended_early=True)
     return step
 
 
@@ -202,17 +205,18 @@ def _has_ended(checkpoint: str, train: TrainConfig, total: int) -> bool:
     return state.global_step >= total or converged
 
 
-def _sampler(train: TrainConfig, name: str, work: Workspace, per_step: int) -> LengthBucketSampler | TokenBatchSampler:
+def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> LengthBucketSampler | TokenBatchSampler:
     # both cut by what an optimizer step takes (`per_step` micro-batches), which the processes only share out
-    data, seed = work.data["train"], work.config.seed
+    data, seed, train = work.data["train"], work.config.seed, setup.train
     sampler: LengthBucketSampler | TokenBatchSampler
     if train.max_tokens:
-        lengths = STAGES[name].lengths(data, work)
-        sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, SECTIONS[name])
+        lengths = stage.lengths(data, setup)
+        sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
         sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
-    if name == "coconut":
-        sampler.number = numbered(len(data), _total_steps(train, sampler), work.config.coconut, seed)
+    curriculum = stage.curriculum(setup)
+    if curriculum is not None:
+        sampler.number = curriculum.number(len(data), _total_steps(train, sampler), seed)
     return sampler
 
 

@@ -7,30 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
+from latent_sft.data.lengths import Lengths, Number
 from latent_sft.errors import ConfigError
 
 POOL = 50  # batches sorted together: wide enough for little padding, narrow enough to stay random
 SLICES = 50  # slices of a data set sorted by length; batches are drawn within one
-Number = Callable[[int, int], int]  # (optimizer step, example) -> what is yielded for it
 BATCHES_PER_SLICE = 4  # at least, so that in a small data set, too, an example meets others than its neighbours
-
-
-class Lengths(NamedTuple):
-    """How long the examples of a data set are, and how long a batch of them gets by padding.
-
-    Attributes:
-        parts: `[E, C]` integers, the counts that are padded each on its own.
-        width: the largest parts of a batch `[..., C]` -> its padded length `[...]`; grows with every part.
-    """
-
-    parts: Tensor
-    width: Callable[[Tensor], Tensor]
 
 
 class LengthBucketSampler(Sampler[int]):
@@ -196,3 +184,17 @@ def _fill_up(sizes: list[int], per_step: int) -> list[int]:
         at = max(range(len(sizes)), key=sizes.__getitem__)
         sizes[at : at + 1] = [sizes[at] - sizes[at] // 2, sizes[at] // 2]
     return sizes
+
+
+class Phased(Dataset):
+    """Rows with the phase of a curriculum at which they are shown, as `phase`; an example is `phase x rows + row`."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        phase, row = divmod(number, len(self.rows))
+        return {**self.rows[row], "phase": phase}

@@ -7,27 +7,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 
 from latent_sft.data.collate import TokenRow
 from latent_sft.inference.generate import Decoded
 from latent_sft.inference.slots import PREFILL_TOKENS
-from latent_sft.inference.solve import solve
+from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.sharding import is_partitioned
-from latent_sft.models.thoughts import Thoughts
 from latent_sft.workspace import processes
 
 
 def solve_share(
-    thinker: str,
-    model: nn.Module,
+    thinker: Thinker,
     spec: LatentSpec,
     rows: Sequence[TokenRow],
     *,
     batch_size: int,
     max_cot_tokens: int,
-    thoughts: Thoughts | None,
 ) -> dict[int, Decoded]:
     """Decode this process's rows, greedily; see `inference.solve.solve`.
 
@@ -39,17 +35,18 @@ def solve_share(
     """
     job = processes()
     own = list(range(job.process_index, len(rows), job.num_processes))
-    options: dict[str, Any] = {"max_cot_tokens": max_cot_tokens, "thoughts": thoughts}
+    options: dict[str, Any] = {"max_cot_tokens": max_cot_tokens}
     at_once = max(1, len(own))
-    if job.num_processes > 1 and is_partitioned(model.parameters()):
+    if job.num_processes > 1 and is_partitioned(thinker.lm.parameters()):
         own += [0] * (-(-len(rows) // job.num_processes) - len(own))
-        longest = max(row["length"] for row in rows) + (thoughts.spec.num_latents if thoughts is not None else 0)
+        longest = max(row["length"] for row in rows)
+        longest += 0 if thinker.thoughts is None else thinker.thoughts.spec.num_latents
         batch_size = at_once = min(batch_size, max(1, PREFILL_TOKENS // longest))
         options["together"] = _any
     found: dict[int, Decoded] = {}
     for first in range(0, len(own), at_once):
         some = own[first : first + at_once]
-        decoded = solve(thinker, model, spec, [rows[i] for i in some], batch_size=batch_size, **options)
+        decoded = solve(thinker, spec, [rows[i] for i in some], batch_size=batch_size, **options)
         found |= zip(some, decoded, strict=True)
     return {i: decoded for i, decoded in found.items() if i % job.num_processes == job.process_index}
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from latent_sft.config.schema import Config, LaunchConfig, TrainConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import LaunchConfig
+from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.launcher import is_worker
 from latent_sft.models.sharding import is_partitioned, whole

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latent_sft.config import document
 from latent_sft.config.load import dotted_keys
-from latent_sft.config.schema import SECTIONS
+from latent_sft.methods import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,9 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import dotted_keys, load_config, to_yaml
-from latent_sft.config.schema import SECTIONS, STAGES, Config, LatentConfig
+from latent_sft.config.schema import LatentConfig
 from latent_sft.errors import ConfigError
+from latent_sft.methods import SECTIONS, STAGES
 
 GOLDEN = Path(__file__).with_name("dotted_keys.txt")
 

@@ -106,7 +106,7 @@ def test_a_recipe_writes_published_rows_as_published(recipe: str, tmp_path: Path
     config = load_config(path, [*data_overrides(recipe, 4, tmp_path), "data.validation_size=1", "data.on_error=raise"])
     splits, tokenizer = load_splits(config.data), base_tokenizer(BASES[recipe])
     fix_date(tokenizer, config.prompt.date)
-    spec = build_spec(tokenizer, config, len(tokenizer))
+    spec = build_spec(tokenizer, config.prompt, config.latent, len(tokenizer))
     row = tokenize_record(tokenizer, spec, {r.problem: r for r in (*splits.train, *splits.validation)}[Q])
     found = [tokenizer.decode(part) for part in (row["prompt"], row["cot"], spec.end_think_ids, row["answer"])]
     expected = [part.replace("«", "").replace("»", "") for part in PUBLISHED[recipe]]
@@ -124,5 +124,6 @@ def test_a_recipe_writes_published_rows_as_published(recipe: str, tmp_path: Path
 def test_the_distilled_position_is_the_token_before_the_number() -> None:
     for recipe, last in (("kava_llama1b", ":"), ("pccot_gpt2", ":"), ("codi_llama1b", " ")):
         tokenizer = base_tokenizer(BASES[recipe])
-        spec = build_spec(tokenizer, load_config(presets.resolve_config(recipe)), len(tokenizer))
+        config = load_config(presets.resolve_config(recipe))
+        spec = build_spec(tokenizer, config.prompt, config.latent, len(tokenizer))
         assert tokenizer.decode(spec.end_think_ids[-1:]) == last

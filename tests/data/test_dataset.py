@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from latent_sft.config.schema import Config, DataConfig, LatentConfig, PromptConfig, SyntheticConfig, TinyModelConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import DataConfig, LatentConfig, PromptConfig, SyntheticConfig, TinyModelConfig
 from latent_sft.data import dataset, readers, records
 from latent_sft.data.dataset import skipped_rows, tokenized_splits, tokenizer_fingerprint
 from latent_sft.data.prompts import build_spec, tokenize_record
 from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ArtefactError, DataError
+from latent_sft.method.types import LatentSpec
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 
 DATA = DataConfig(synthetic=SyntheticConfig(num_train=30, num_validation=5, num_test=6))
@@ -31,13 +33,17 @@ def make_tokenizer(kind: str = "word") -> PreTrainedTokenizerFast:
     return build_tokenizer(texts, TinyModelConfig(tokenizer=kind), PromptConfig())  # type: ignore[arg-type]
 
 
+def spec_of(config: Config, tokenizer: PreTrainedTokenizerFast) -> LatentSpec:
+    return build_spec(tokenizer, config.prompt, config.latent, len(tokenizer))
+
+
 def make(
     directory: Path, config: Config = CONFIG, splits: Splits = SPLITS, max_positions: int | None = None, **latent: Any
 ) -> dict[str, Any]:
     tokenizer = make_tokenizer()
     config = dataclasses.replace(config, latent=dataclasses.replace(config.latent, **latent))
-    spec = build_spec(tokenizer, config, len(tokenizer))
-    return dict(tokenized_splits(config, tokenizer, spec, splits, directory, max_positions))
+    spec = spec_of(config, tokenizer)
+    return dict(tokenized_splits(config.data, tokenizer, spec, splits, directory, max_positions))
 
 
 def with_data(**changes: Any) -> Config:
@@ -52,7 +58,7 @@ def test_rows_are_those_of_tokenize_record(tmp_path: Path) -> None:
     found = make(tmp_path)
     assert {split: len(rows) for split, rows in found.items()} == {"train": 30, "validation": 5, "test": 6}
     tokenizer = make_tokenizer()
-    spec = build_spec(tokenizer, CONFIG, len(tokenizer))
+    spec = spec_of(CONFIG, tokenizer)
     assert list(found["train"]) == [tokenize_record(tokenizer, spec, record) for record in SPLITS.train]
     assert found["train"].column_names == dataset.SCHEMA.names
 
@@ -176,9 +182,9 @@ def of_files(directory: Path, values: list[dict[str, Any]], **settings: Any) -> 
 def from_files(directory: Path, values: list[dict[str, Any]], *, positions: int | None = None, **settings: Any) -> Any:
     config = of_files(directory, values, **settings)
     tokenizer = make_tokenizer()
-    spec = build_spec(tokenizer, config, len(tokenizer))
+    spec = spec_of(config, tokenizer)
     splits = load_splits(config.data)
-    return tokenized_splits(config, tokenizer, spec, splits, directory / "data", positions)
+    return tokenized_splits(config.data, tokenizer, spec, splits, directory / "data", positions)
 
 
 ODD_COTS = [

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from latent_sft.config.schema import Config, LatentConfig, PromptConfig, TinyModelConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.dataset import tokenizer_fingerprint
 from latent_sft.data.formats import Record
 from latent_sft.data.prompts import build_spec, encode_text, fix_date, render_prompt, tokenize_record
@@ -65,7 +66,7 @@ def make_tokenizer(
 
 def make_spec(tokenizer: PreTrainedTokenizerFast, latent: LatentConfig | None = None, **prompt: str) -> LatentSpec:
     config = Config(prompt=PromptConfig(**prompt), latent=latent or LatentConfig())  # type: ignore[arg-type]
-    return build_spec(tokenizer, config, len(tokenizer))
+    return build_spec(tokenizer, config.prompt, config.latent, len(tokenizer))
 
 
 RESERVED = make_tokenizer(delimiters=("<think>", "</think>"))
@@ -371,7 +372,7 @@ def test_settings_the_tokenizer_cannot_follow() -> None:
     with pytest.raises(ConfigError, match=r"latent\.top_k: got 1000"):
         make_spec(words, LatentConfig(top_k=1000))
     with pytest.raises(ConfigError, match=r"model: eos token \d+ has no row in the embedding table of 299"):
-        build_spec(CHAT, Config(), 299)
+        build_spec(CHAT, PromptConfig(), LatentConfig(), 299)
     words.eos_token = None
     with pytest.raises(ConfigError, match=r"no eos_token"):
         make_spec(words)

@@ -129,7 +129,7 @@ def test_icot_lines_and_coconut_json() -> None:
     assert (first.answer, len(first.steps)) == ("300", 4)
     prosqa = load_splits(
         DataConfig(train="synthetic", synthetic=SyntheticConfig(num_train=5, num_validation=2, num_test=1),
-                   test=str(FIXTURES / "prosqa_valid_10.json"), test_format="coconut")
+                   test=str(FIXTURES / "prosqa_valid_10.json"), test_format="steps")
     )  # fmt: skip
     assert prosqa.test[0].steps == ("Tom is a terpus.", "Every terpus is a brimpus.", "Every brimpus is a lempus.")
     assert prosqa.test[0].cot == "\n".join(prosqa.test[0].steps)
@@ -208,7 +208,7 @@ def test_a_bad_row_is_one_error_with_its_place(name: str, tmp_path: Path, load: 
         ("gsm8k", '{"question": "q", "answer": "5"}', r"field 'answer': no '####'"),
         ("gsm8k", '{"question": "q", "answer": "#### 5"}', r"field 'answer': empty chain of thought \(nothing before"),
         ("gsm8k", '{"question": "q", "answer": "r #### "}', r"field 'answer': empty; expected an answer after '####'"),
-        ("coconut", '{"question": "q", "answer": "5", "steps": []}', r"field 'steps': empty list"),
+        ("steps", '{"question": "q", "answer": "5", "steps": []}', r"field 'steps': empty list"),
         ("icot", "problem only", r"row: no '\|\|'; expected 'problem\|\|steps #### answer'"),
         ("icot", "p||<<1+1=2>>", r"row: no '####'"),
         ("icot", "p|| #### 9", r"field 'steps': empty chain of thought"),

@@ -142,7 +142,7 @@ def check_prosqa(record: Record) -> None:
 def test_prosqa_problems_are_decidable_and_the_public_ones_pass_the_same_check() -> None:
     for record in generate(SyntheticConfig(task="prosqa", max_steps=6, **SMALL))["train"]:
         check_prosqa(record)
-    row_format = RowFormat(name="coconut", fields=FieldsConfig())
+    row_format = RowFormat(name="steps", fields=FieldsConfig())
     for row in read_rows(str(FIXTURES / "prosqa_valid_10.json")):
         check_prosqa(parse_row(row.value, row_format, default_id=str(row.line)))
 

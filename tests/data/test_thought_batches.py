@@ -6,11 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from latent_sft.config.methods import CoconutConfig, KvDistillConfig
-from latent_sft.data.thought_batches import coconut_batch, distill_batch, num_latents
 from latent_sft.errors import DataError
 from latent_sft.method.types import LatentSpec, ThoughtSpec
-from latent_sft.train.thought_lengths import coconut_lengths, distill_lengths
+from latent_sft.methods.coconut import CoconutConfig, coconut_batch, coconut_lengths, num_latents
+from latent_sft.methods.self_distill import KvDistillConfig, distill_batch, distill_lengths
 
 SPEC = LatentSpec(think_ids=(4,), end_think_ids=(5, 6), eos_id=1, pad_id=0, vocab_size=40, top_k=4)
 THINKS = ThoughtSpec(num_latents=3, iterations=2)
@@ -69,19 +68,19 @@ def test_seeds_are_those_of_the_rows():
 def test_coconut_batch_by_hand():
     """c = 2. Stage 1: row a keeps its second step, row b has none left; both have two latents."""
     config = CoconutConfig(latents_per_step=2, max_stage=2)
-    batch = coconut_batch([{**r, "stage": 1} for r in ROWS], SPEC, config, normalisation="token")
+    batch = coconut_batch([{**r, "phase": 1} for r in ROWS], SPEC, config, normalisation="token")
     assert batch["tail_ids"].tolist() == [[13, 5, 6, 20, 1], [5, 6, 21, 22, 1]]
     assert batch["thought_mask"].tolist() == [[True, True]] * 2
     assert batch["target_index"].tolist() == [*range(5), *range(6, 11)]
     assert batch["targets"].tolist() == [13, 5, 6, 20, 1, 5, 6, 21, 22, 1]
     assert batch["counts"].tolist() == [10]
-    last = coconut_batch([{**r, "stage": 3} for r in ROWS], SPEC, config, normalisation="token")
+    last = coconut_batch([{**r, "phase": 3} for r in ROWS], SPEC, config, normalisation="token")
     assert last["tail_ids"].tolist() == [[5, 6, 20, 1, 0], [5, 6, 21, 22, 1]]
     assert last["thought_mask"].all() and last["thought_mask"].shape == (2, 4)
 
 
 def test_passes_are_those_of_the_stage_or_of_all_where_stages_mix():
-    mixed = [{**ROWS[0], "stage": 0}, {**ROWS[1], "stage": 1}]
+    mixed = [{**ROWS[0], "phase": 0}, {**ROWS[1], "phase": 1}]
     for chance, passes in ((0.0, 2), (0.5, 6)):
         config = CoconutConfig(latents_per_step=2, max_stage=3, uniform_prob=chance)
         mask = coconut_batch(mixed, SPEC, config, normalisation="token")["thought_mask"]
@@ -96,7 +95,7 @@ def test_number_of_latents(steps, stage, pads, expected):
 
 
 def test_a_row_that_does_not_say_where_steps_end_is_named():
-    rows = [{**ROWS[0], "step_lengths": [], "stage": 1}]
+    rows = [{**ROWS[0], "step_lengths": [], "phase": 1}]
     with pytest.raises(DataError, match="row a: its steps are not parts of its CoT"):
         distill_batch(rows, SPEC, THINKS, **OPTIONS)
     with pytest.raises(DataError, match="row a"):
@@ -105,7 +104,7 @@ def test_a_row_that_does_not_say_where_steps_end_is_named():
     assert distill_batch(rows, SPEC, THINKS, normalisation="token", drop_last_step=False)["trace_length"].tolist() == [
         3
     ]
-    rows[0]["stage"] = 0
+    rows[0]["phase"] = 0
     assert coconut_batch(rows, SPEC, CoconutConfig(), normalisation="token")["tail_ids"].shape == (1, 7)
 
 
@@ -122,6 +121,6 @@ def test_lengths_bound_the_columns_of_every_batch():
         assert width == batch["kind"].shape[1] + 3 * (passes - 1)
     config = CoconutConfig(max_stage=2)
     lengths = coconut_lengths(data, SPEC, config)
-    full = coconut_batch([{**r, "stage": 0} for r in ROWS], SPEC, config, normalisation="token")["kind"].shape[1]
+    full = coconut_batch([{**r, "phase": 0} for r in ROWS], SPEC, config, normalisation="token")["kind"].shape[1]
     assert int(lengths.width(lengths.parts.amax(0))) == full + config.num_latents
     assert torch.equal(lengths.parts[0], torch.tensor([3, 3 + 2 + 2]))

@@ -9,7 +9,7 @@ import pytest
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.evaluation import run
 from latent_sft.evaluation.run import evaluate
-from latent_sft.models.load import build_tiny, save_lm
+from latent_sft.models.load import build_tiny, save_lm, save_thinker
 from latent_sft.workspace import Workspace
 
 SETTINGS = ("latent.noise_scale=1.0", "eval.splits=[validation]", "eval.limit=6", "eval.interventions=[]")
@@ -26,7 +26,7 @@ def evaluated(tiny_config, monkeypatch):
         step = work.step("stage2")
         if step.manifest() is None:
             save_lm(build_tiny(config.model.tiny, work.tokenizer, 1), step.final, work.tokenizer)
-            work.save_spec(step.final, "latent")
+            save_thinker(step.final, work.spec, "latent")
             step.begin(0)
             step.finish()
         evaluate(config, ["latent-sft"], work=work)

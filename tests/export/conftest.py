@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config, LatentConfig, PromptConfig, TinyModelConfig
+from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.prompts import build_spec
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
 from latent_sft.models.load import build_tiny, save_lm
@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def spec(tokenizer: PreTrainedTokenizerBase) -> LatentSpec:
     latent = LatentConfig(top_k=4, max_latents=6, max_answer_tokens=7, noise_scale=1.0)
-    return build_spec(tokenizer, Config(prompt=PromptConfig(system="1 +"), latent=latent), len(tokenizer))
+    return build_spec(tokenizer, PromptConfig(system="1 +"), latent, len(tokenizer))
 
 
 @pytest.fixture(scope="session")

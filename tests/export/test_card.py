@@ -11,7 +11,8 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from latent_sft.config.schema import Config, DataConfig, EvalConfig, ExportConfig, ModelConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import DataConfig, EvalConfig, ExportConfig, ModelConfig
 from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError
 from latent_sft.export.card import CardFacts, facts_of_run, model_card, prompt_code
@@ -76,12 +77,12 @@ def test_a_card_without_facts_claims_nothing(tokenizer: PreTrainedTokenizerBase,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "other",
-        "tags": ["latent-reasoning", "latent-sft", "custom_generate"],
+        "tags": ["latent-reasoning", "custom_generate"],
     }
     assert "No evaluation was recorded" in card
     assert "Not recorded with this checkpoint" in card
     assert "%" not in card
-    assert "2510.15522" in card
+    assert "The method is not recorded with this checkpoint." in card
 
 
 def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, spec: LatentSpec) -> None:
@@ -93,7 +94,7 @@ def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     )
     evaluated(tmp_path, "test", accuracy=0.5, sample=True)
     evaluated(tmp_path, "validation", accuracy=1.0)
-    facts = facts_of_run(config, {"fingerprint": "f", "train_rows": 10}, tmp_path)
+    facts = facts_of_run(config, {"fingerprint": "f", "train_rows": 10}, tmp_path, "latent-sft")
     card = model_card(spec, tokenizer, facts)
     assert front_matter(card)["base_model"] == "org/base-1b"
     assert front_matter(card)["license"] == "apache-2.0"
@@ -106,22 +107,22 @@ def test_facts_come_from_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerB
 
 def test_noisy_latents_are_named(tmp_path: Path) -> None:
     evaluated(tmp_path, "test", accuracy=0.5, sample=True, latent_noise=True)
-    found = facts_of_run(Config(), {"fingerprint": "f"}, tmp_path).results
+    found = facts_of_run(Config(), {"fingerprint": "f"}, tmp_path, "latent-sft").results
     assert found["test"]["decoding"] == "sampled, temperature 0.6, top-p 0.95, noisy latents"
 
 
 def test_measurements_of_an_earlier_training_are_left_out(tmp_path: Path) -> None:
     evaluated(tmp_path, "test", accuracy=0.5)
-    assert facts_of_run(Config(), {"fingerprint": "another"}, tmp_path).results == {}
+    assert facts_of_run(Config(), {"fingerprint": "another"}, tmp_path, "latent-sft").results == {}
 
 
 def test_a_local_base_model_is_not_named_as_a_hub_model(tmp_path: Path) -> None:
     config = Config(model=ModelConfig(name_or_path=str(tmp_path)))
-    assert facts_of_run(config, {"fingerprint": "f"}, tmp_path / "none").base_model is None
+    assert facts_of_run(config, {"fingerprint": "f"}, tmp_path / "none", "latent-sft").base_model is None
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
     evaluated(tmp_path, "test", accuracy=0.5)
     (tmp_path / "test.json").write_text("{")
     with pytest.raises(ArtefactError, match=r"test\.json: damaged JSON"):
-        facts_of_run(Config(), {"fingerprint": "f"}, tmp_path)
+        facts_of_run(Config(), {"fingerprint": "f"}, tmp_path, "latent-sft")

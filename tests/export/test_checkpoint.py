@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_sft.config.schema import Config
+from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError, ExportError
 from latent_sft.export import checkpoint as checkpoint_module
 from latent_sft.export.checkpoint import export_checkpoint, export_run, is_export
@@ -152,7 +152,7 @@ def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> N
     summary = {"accuracy": 0.874, "accuracy_se": 0.0123, "num_examples": 500, "reasoning_steps_mean": 11.96}
     summary["grader"] = "numeric"
     (run / "eval" / "latent-sft" / "test.json").write_text(json.dumps({"summary": summary, "problems": []}))
-    out = export_run(config)
+    out = export_run(config, "latent-sft", run / "export")
     assert out == run / "export"
     card = (out / "README.md").read_text()
     assert "# demo\n" in card
@@ -163,7 +163,7 @@ def test_a_run_is_exported_with_its_facts(checkpoint: Path, tmp_path: Path) -> N
 def test_an_unfinished_stage_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
     config = finished_run(checkpoint, tmp_path / "run", finish=False)
     with pytest.raises(ArtefactError, match=r"stage2: not finished yet"):
-        export_run(config, tmp_path / "out")
+        export_run(config, "latent-sft", tmp_path / "out")
     with pytest.raises(ArtefactError, match=r"stage2: not finished yet"):
-        export_run(Config(run_dir=str(tmp_path / "nothing")))
+        export_run(Config(run_dir=str(tmp_path / "nothing")), "latent-sft", tmp_path / "out")
     assert not (tmp_path / "out").exists()

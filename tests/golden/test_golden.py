@@ -9,7 +9,7 @@ import sys
 import pytest
 from golden import record
 
-from latent_sft.config.schema import STAGES
+from latent_sft.methods import STAGES
 from latent_sft.train.sampler import LengthBucketSampler
 
 # sums taken in another order move them by 2e-7 on one machine; another processor or BLAS moves them a little more

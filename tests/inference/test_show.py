@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from latent_sft.config.schema import Config, LatentConfig, PromptConfig, TinyModelConfig
+from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.prompts import build_spec, render_prompt
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.generate import Decoded, generate
@@ -36,7 +36,7 @@ def checkpoint(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.Temp
     folder.parent.mkdir()
     save_lm(build_tiny(tiny, tokenizer, seed=0), folder, tokenizer)
     latent = LatentConfig(top_k=4, min_latents=3, max_latents=3, max_answer_tokens=5)
-    (folder / SPEC_FILE).write_text(json.dumps(build_spec(tokenizer, Config(latent=latent), len(tokenizer)).to_dict()))
+    (folder / SPEC_FILE).write_text(json.dumps(build_spec(tokenizer, PromptConfig(), latent, len(tokenizer)).to_dict()))
     return folder
 
 

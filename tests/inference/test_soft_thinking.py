@@ -10,7 +10,7 @@ from models.families import FAMILIES, build
 from reference_thinkers import softly
 
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.inference.solve import solve
+from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec, Soft
 
 END, END2, EOS = 3, 4, 1
@@ -162,7 +162,7 @@ def test_answers_may_be_sampled_and_solve_hands_the_settings_over():
     model, sampling = model_of("llama"), Sampling(temperature=1.0, seed=3)
     whole = think(model, sampling=sampling)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    cut = solve("soft", model, SPEC, rows, batch_size=2, max_cot_tokens=CAP, soft=SOFT, sampling=sampling)
+    cut = solve(Thinker("soft", model, soft=SOFT), SPEC, rows, batch_size=2, max_cot_tokens=CAP, sampling=sampling)
     assert all(same(a, b) for a, b in zip(whole, cut, strict=True))
     assert [d.thought_ids for d in whole] == [d.thought_ids for d in think(model)], "thinking is not sampled"
     assert [d.answer_ids for d in whole] != [d.answer_ids for d in think(model)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from latent_sft.inference import slots as engine
 from latent_sft.inference.cache import SlotCache
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.inference.solve import solve
+from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.thoughts import Thoughts
 
@@ -280,8 +280,8 @@ def test_solve_hands_over_thoughts_and_latents():
     thoughts = thoughts_of(model, PARALLEL)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     options = {"batch_size": 2, "max_cot_tokens": 3}
-    found = solve("continuous", model, SPEC, rows, thoughts=thoughts, **options)
+    found = solve(Thinker("continuous", model, thoughts), SPEC, rows, **options)
     assert all(same(a, b) for a, b in zip(found, think(model, thoughts), strict=True))
     given = [d.latent_embeds for d in found]
-    again = solve("continuous", model, SPEC, rows, latents=given, **options)
+    again = solve(Thinker("continuous", model), SPEC, rows, latents=given, **options)
     assert [d.answer_ids for d in again] == [d.answer_ids for d in found]

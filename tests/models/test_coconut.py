@@ -9,12 +9,9 @@ import torch
 from models.thinking import EXAMPLES, HIDDEN, SPEC, assert_same, gradients, llama, rows_of
 from reference_distill import coconut
 
-from latent_sft.config.methods import CoconutConfig
-from latent_sft.data.collate import explicit_batch
-from latent_sft.data.thought_batches import coconut_batch
 from latent_sft.method.types import ThoughtSpec
-from latent_sft.models.coconut import CoconutModel
-from latent_sft.models.explicit import ExplicitModel
+from latent_sft.methods.coconut import CoconutConfig, CoconutModel, coconut_batch
+from latent_sft.methods.cot import ExplicitModel, explicit_batch
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -24,7 +21,7 @@ def build(config: CoconutConfig) -> CoconutModel:
 
 
 def staged(stages: list[int]) -> list[dict]:
-    return [{**row, "stage": stage} for row, stage in zip(rows_of(EXAMPLES), stages, strict=True)]
+    return [{**row, "phase": stage} for row, stage in zip(rows_of(EXAMPLES), stages, strict=True)]
 
 
 @pytest.mark.parametrize(

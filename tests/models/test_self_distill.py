@@ -13,16 +13,13 @@ from models.thinking import END, EXAMPLES, HIDDEN, SPEC, assert_same, gradients,
 from reference_distill import Example, Rules, terms
 from torch import Tensor, nn
 
-from latent_sft.config.methods import KvDistillConfig, SelfDistillConfig
 from latent_sft.config.schema import LoraConfig
-from latent_sft.data.collate import explicit_batch
-from latent_sft.data.thought_batches import distill_batch
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.methods.cot import ExplicitModel, explicit_batch
+from latent_sft.methods.self_distill import KvDistillConfig, SelfDistillConfig, SelfDistillModel, distill_batch
 from latent_sft.models import thought_passes
-from latent_sft.models.explicit import ExplicitModel
 from latent_sft.models.load import add_lora
-from latent_sft.models.self_distill import SelfDistillModel
 from latent_sft.models.thoughts import Thoughts
 
 NAMES = ("ce", "teacher_ce", "hidden", "kv")

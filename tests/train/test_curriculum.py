@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_sft.config.methods import CoconutConfig
 from latent_sft.errors import ConfigError
-from latent_sft.train.curriculum import ForgetMoments, Staged, numbered, stage_at
-from latent_sft.train.lengths import Lengths
-from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
+from latent_sft.methods.coconut import CoconutConfig, ForgetMoments, numbered, stage_at
+from latent_sft.methods.latent_sft import Lengths
+from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 
 ROWS = [{"id": str(i)} for i in range(20)]
 
@@ -56,22 +55,22 @@ def test_examples_of_a_step_share_its_stage_in_every_epoch(by_tokens: bool) -> N
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         plain.append([i for item in sampler for i in (item if by_tokens else [item])])
-    sampler.number = numbered(20, 10, config, 0)
-    rows, seen = Staged(ROWS), []
+    sampler.number = numbered(20, 10, 0, config)
+    rows, seen = Phased(ROWS), []
     assert len(rows) == 20
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         shown = [rows[i] for item in sampler for i in (item if by_tokens else [item])]
         assert [int(row["id"]) for row in shown] == plain[epoch]
-        seen += [row["stage"] for row in shown]
+        seen += [row["phase"] for row in shown]
     assert seen == [stage for stage in stages(config, 10) for _ in range(4)]
 
 
 def test_mixing_draws_other_stages_by_seed_step_and_row() -> None:
     config = CoconutConfig(max_stage=3, uniform_prob=0.5, first_stage=4)
-    number = numbered(1000, 10, config, 0)
+    number = numbered(1000, 10, 0, config)
     drawn = Counter(number(7, row) // 1000 for row in range(1000))
-    assert [number(7, row) for row in range(9)] == [numbered(1000, 10, config, 0)(7, row) for row in range(9)]
+    assert [number(7, row) for row in range(9)] == [numbered(1000, 10, 0, config)(7, row) for row in range(9)]
     assert [number(7, row) for row in range(9)] != [number(8, row) for row in range(9)]
     assert set(drawn) == {0, 1, 2, 3, 4}
     assert 440 < drawn[4] < 560  # 0.5, within four standard deviations

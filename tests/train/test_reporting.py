@@ -13,7 +13,7 @@ import pytest
 
 from latent_sft.errors import ConfigError
 from latent_sft.evaluation.run import evaluate
-from latent_sft.inference.label import make_labels
+from latent_sft.stores import make_labels
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import Workspace
 

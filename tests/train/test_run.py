@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import latent_sft.train.run as run
 from latent_sft import cli
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config, to_yaml
-from latent_sft.config.schema import SECTIONS, Config
 from latent_sft.errors import ArtefactError, ConfigError, Interrupted
+from latent_sft.methods import SECTIONS
 from latent_sft.runs import Step
 from latent_sft.train.interruption import last_checkpoint
 from latent_sft.train.run import train_stage
@@ -218,7 +219,7 @@ def test_where_weights_of_another_run_lie_does_not_matter(tiny_config, other_run
     moved = shutil.copytree(other_run / "kava" / "final", tmp_path / "moved")
     assert step_of(moved).fingerprint == step_of(other_run / "kava").fingerprint
     assert step_of(moved).fingerprint != step_of(other_run / "stage1-encoder").fingerprint
-    assert step_of(moved).inputs["labels"] == Workspace(tiny_config("stage1.init=cot")).step("stage1-union").fingerprint
+    assert step_of(moved).inputs["store"] == Workspace(tiny_config("stage1.init=cot")).step("stage1-union").fingerprint
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError
-from latent_sft.inference.encode import load_stage1, phase_start, shared_start
+from latent_sft.methods.latent_sft import load_stage1, phase_start, shared_start, stage1_batch
 from latent_sft.models.load import add_lora
 from latent_sft.train.run import _checkpoint_activations, train_stage
 from latent_sft.workspace import Workspace
@@ -21,7 +20,7 @@ SHARED = ("model.lora.rank=2", "model.lora.alpha=4", "stage1.share_backbone=true
 
 def both(work: Workspace) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return a shared and a separate stage-1 model of the same adapters, none of them zero."""
-    shared, separate = shared_start(work, "stage1-encoder"), phase_start(work, "stage1-encoder")
+    shared, separate = shared_start(work.setup("stage1-encoder")), phase_start(work.setup("stage1-encoder"))
     separate.encoder = add_lora(separate.encoder, work.config.model.lora)
     separate.decoder = add_lora(separate.decoder, work.config.model.lora)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +87,10 @@ def test_phases_go_on_from_adapters_and_save_plain_models(tiny_config):
     base = load_file(Path(work.base) / "model.safetensors")
     untrained = load_file(finals["stage1-encoder"] / "decoder" / "model.safetensors")
     assert untrained.keys() == base.keys() and all(torch.equal(untrained[name], base[name]) for name in base)
-    plain, live = load_stage1(work, finals["stage1-union"]).eval(), shared_start(work, "label").eval()
+    plain, live = (
+        load_stage1(finals["stage1-union"], config.model, config.model, work.spec).eval(),
+        shared_start(work.setup("stage2")).eval(),
+    )
     batch = stage1_batch(work.data["train"].select(range(4)).to_list(), work.spec, normalisation="token")
     torch.testing.assert_close(plain(**batch)["ce_total"], live(**batch)["ce_total"], rtol=1e-5, atol=0)
     counts = json.loads((finals["stage1-union"].parent / "manifest.json").read_text())
@@ -100,6 +102,6 @@ def test_a_phase_of_two_models_cannot_be_shared_afterwards(tiny_config):
     train_stage(config, "stage1-encoder")
     work = Workspace(tiny_config(*SHARED, "model.lora.alpha=128"))
     with pytest.raises(ArtefactError, match=r"adapters.safetensors: missing.*share_backbone"):
-        shared_start(work, "stage1-decoder")
+        shared_start(work.setup("stage1-decoder"))
     with pytest.raises(ArtefactError, match=r"made by another experiment.*share_backbone"):
         train_stage(tiny_config(*SHARED, "model.lora.alpha=128"), "stage1-encoder")

@@ -11,19 +11,16 @@ from safetensors.torch import load_file
 
 import latent_sft.train.run as run
 import latent_sft.train.trainer as trainer
-from latent_sft.data.collate import explicit_batch, stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.inference.encode import phase_start, store_latents
-from latent_sft.inference.label import make_labels
-from latent_sft.inference.solve import gold_latents
-from latent_sft.models.explicit import ExplicitModel
+from latent_sft.methods import STAGES
+from latent_sft.methods.cot import ExplicitModel, explicit_batch, explicit_lengths
+from latent_sft.methods.latent_sft import FROZEN_ENCODER, gold_latents, phase_start, stage1_batch, stage2_batch
 from latent_sft.models.load import load_lm
+from latent_sft.stores import make_labels, store_latents
 from latent_sft.train.flops import peak_of, step_flops
-from latent_sft.train.lengths import explicit_lengths
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import TokenBatchSampler
-from latent_sft.train.stages import STAGES, _build_stage1
 from latent_sft.workspace import Workspace
 
 
@@ -121,14 +118,14 @@ def test_stored_latents_are_those_of_the_frozen_encoder(tiny_config, encoder_pha
     if encoder_phase == "true":
         train_stage(config, "stage1-encoder", work)
     store_latents(work, "stage1-decoder")
-    read = STAGES["stage1-decoder"].collate(work, config.stage1.decoder)
+    read = STAGES["stage1-decoder"].batch(work.setup("stage1-decoder"))
     rows = work.data["train"].select([0, 30, 60, 119]).to_list()
     stored, fresh = read(rows), stage1_batch(rows, work.spec, normalisation="token")
     assert not any(key.startswith("encoder_") for key in stored)
     assert torch.equal(stored["latent_mask"], fresh["latent_mask"])
     results = []
     for batch in (stored, fresh):
-        model = _build_stage1(work, phase="stage1-decoder").train()
+        model = STAGES["stage1-decoder"].model(work.setup("stage1-decoder")).train()
         out = model(**batch)
         out["ce_total"].backward()
         results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -147,7 +144,7 @@ def test_the_decoder_phase_stores_latents_once_and_says_where_they_belong(tiny_c
     config = tiny_config("stage1.encoder.enabled=false", "stage1.noise_scale=1.0", "stage1.decoder.max_steps=20")
     work = Workspace(config)
     step = train_stage(config, "stage1-decoder", work)
-    store = work.labels_step("stage1-decoder")
+    store = work.store_step(FROZEN_ENCODER)
     assert store.directory == Path(config.directory) / "stage1-decoder-latents"
     assert store.results()["num_rows"] == len(LabelStore(store.directory / "store")) == 120
     assert store.inputs["dtype"] == "float32"
@@ -159,12 +156,12 @@ def test_the_decoder_phase_stores_latents_once_and_says_where_they_belong(tiny_c
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(ArtefactError, match="delete it and run latent-sft train stage1-decoder again"):
-        STAGES["stage1-decoder"].collate(work, config.stage1.decoder)
+        STAGES["stage1-decoder"].batch(work.setup("stage1-decoder"))
     shard.unlink()
     kept = (store.directory / "store" / "labels-00000.arrow").stat().st_mtime_ns
     store_latents(work, "stage1-decoder")
     assert (store.directory / "store" / "labels-00000.arrow").stat().st_mtime_ns == kept
-    STAGES["stage1-decoder"].collate(work, config.stage1.decoder)
+    STAGES["stage1-decoder"].batch(work.setup("stage1-decoder"))
 
 
 def test_workers_never_build_masks(tiny_config):
@@ -176,7 +173,7 @@ def test_workers_never_build_masks(tiny_config):
     def label_of(*_):
         return next(stored)
 
-    stored = iter(list(gold_latents(phase_start(work, "stage1-union"), rows, 8)))
+    stored = iter(list(gold_latents(phase_start(work.setup("stage1-union")), rows, 8)))
     batches = [
         explicit_batch(rows, work.spec, with_cot=True, normalisation="token"),
         stage1_batch(rows, work.spec, normalisation="token"),
@@ -215,7 +212,7 @@ def test_flops_by_hand(tiny_config):
         decoder += 6 * weights * (main + chunks) + 3 * 2 * 4 * 16 * main * (main + 1) / 2
         encoder += 6 * weights * (text + n) + 3 * 2 * 4 * 16 * (text * (text + 1) / 2 + n * text / 2) + 4 * table * n
     decoder += 6 * table * len(batch["targets"])
-    union = _build_stage1(work, phase="stage1-union")
+    union = STAGES["stage1-union"].model(work.setup("stage1-union"))
     assert step_flops(union, batch).item() == pytest.approx(decoder + encoder)
     # a frozen encoder only runs forward; so does the projection of its latents
     union.encoder.requires_grad_(False)

@@ -11,15 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_sft.config.schema import SECTIONS
-from latent_sft.data.collate import stage1_batch
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, TrainingError
-from latent_sft.inference.label import make_labels
+from latent_sft.methods import SECTIONS
+from latent_sft.methods.latent_sft import LABELS, load_stage1, stage1_batch
+from latent_sft.stores import make_labels
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
-from latent_sft.train.stages import load_stage1
 from latent_sft.workspace import Workspace
 
 STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
@@ -217,7 +216,7 @@ def test_finite_steps_pass_and_any_other_value_stops(tmp_path):
 
 
 def test_too_few_rows_for_a_step_are_refused(tiny_config):
-    with pytest.raises(TrainingError, match=r"no-cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
+    with pytest.raises(TrainingError, match=r"no_cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
         train_stage(tiny_config("data.synthetic.num_train=6"), "no-cot")
     train = tiny_config("cot.accumulation=2").cot
     check_rows(48, train, "cot", 3)
@@ -235,7 +234,7 @@ def test_a_lost_process_is_said():
 
 def test_every_logged_tag_is_documented(tiny_config):
     config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
-    from latent_sft.inference.label import make_labels
+    from latent_sft.stores import make_labels
 
     folders = [train_stage(config, "stage1-union").directory]
     make_labels(config)
@@ -306,7 +305,9 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
         losses.append(logged(train_stage(config, "stage1-union").directory, "train/loss"))
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
-    model = load_stage1(Workspace(config), Path(config.directory) / "stage1-union" / "final").eval()
+    model = load_stage1(
+        Path(config.directory) / "stage1-union" / "final", config.model, config.model, Workspace(config).spec
+    ).eval()
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
@@ -320,11 +321,11 @@ def test_latents_of_the_whole_vocabulary_are_trained_and_learnt(tiny_config):
     train_stage(config, "stage1-union", work)
     make_labels(config, work)
     step = train_stage(config, "stage2", work)
-    store = LabelStore(work.labels_step().directory / "store", expect=work.labels_made_from())
+    store = LabelStore(work.store_step(LABELS).directory / "store", expect=work.store_made_from(LABELS))
     assert store.top_k == work.spec.top_k == work.spec.vocab_size
     assert all(map(math.isfinite, logged(step.directory, "train/loss_kl")))
     named = tiny_config(*settings, "stage1.union.eval_every=1", f"latent.top_k={work.spec.vocab_size}")
-    assert Workspace(named).labels_step().is_finished()
+    assert Workspace(named).store_step(LABELS).is_finished()
 
 
 @pytest.mark.parametrize(("stage", "part"), [("cot", "."), ("stage1-encoder", "encoder"), ("codi", ".")])

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from train.zero_job import HALVES, PHASES, THOUGHTS, config_of, train_all
 
-from latent_sft.config.schema import STAGES
 from latent_sft.errors import ConfigError, TrainingError
+from latent_sft.methods import STAGES
+from latent_sft.methods.latent_sft import load_stage1
 from latent_sft.train import zero
 from latent_sft.train.run import train_stage
-from latent_sft.train.stages import load_stage1
 from latent_sft.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
@@ -93,7 +93,8 @@ def test_the_final_folder_is_what_was_trained(trained):
         counts = [json.loads((trained / run / stage / "manifest.json").read_text()) for run in ("one", "zero3")]
         assert counts[0]["parameters"] == counts[1]["parameters"] > 0
         assert counts[0]["trained_parameters"] == counts[1]["trained_parameters"]
-    load_stage1(Workspace(config_of(trained, "zero3", 0)), trained / "zero3" / "stage1-union" / "final")
+    config = config_of(trained, "zero3", 0)
+    load_stage1(trained / "zero3" / "stage1-union" / "final", config.model, config.model, Workspace(config).spec)
 
 
 def test_validation_is_shared_out(trained):

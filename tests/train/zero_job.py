@@ -15,9 +15,10 @@ import pytest
 from conftest import TINY
 
 import latent_sft.train.run as run
+from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
-from latent_sft.config.schema import SECTIONS, STAGES, Config
-from latent_sft.inference.label import make_labels
+from latent_sft.methods import SECTIONS, STAGES
+from latent_sft.stores import make_labels
 from latent_sft.train import share
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import processes
@@ -93,10 +94,10 @@ def count_decoded(path: Path) -> None:
     """Write down how many rows this process decodes at each validation."""
     original = share.solve
 
-    def solve(thinker, model, spec, rows, **options):
+    def solve(thinker, spec, rows, **options):
         with path.open("a") as handle:
             handle.write(f"{len(rows)}\n")
-        return original(thinker, model, spec, rows, **options)
+        return original(thinker, spec, rows, **options)
 
     share.solve = solve
 

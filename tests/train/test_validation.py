@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_sft.config.schema import Config, PromptConfig, TinyModelConfig
+from latent_sft.config.experiment import Config
+from latent_sft.config.schema import PromptConfig, TinyModelConfig
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.score import score
 from latent_sft.inference.generate import Decoded
+from latent_sft.inference.solve import Thinker
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.train import share, stages
+from latent_sft.train import share, validation
 
 
 @pytest.mark.parametrize(
@@ -34,8 +36,8 @@ def test_a_special_token_in_an_answer_is_seen_in_validation_and_in_evaluation(mo
     )
     monkeypatch.setattr(share, "solve", lambda *_, **__: [sample])
     work = SimpleNamespace(config=Config(), tokenizer=tokenizer, spec=None)
-    stage = SimpleNamespace(thinker="none", lm=lambda model: model)
-    assert stages.validation_metrics(torch.nn.Identity(), stage, work, [row])["accuracy"] == right
+    stage = SimpleNamespace(thinker=lambda model: Thinker("none", model))
+    assert validation.validation_metrics(torch.nn.Identity(), stage, work, [row])["accuracy"] == right
     grading = {"decode_text": partial(answer_text, tokenizer), "grader": "auto", "wall_seconds": 1.0}
     summary, _ = score(
         [sample], [row], spec=SimpleNamespace(eos_id=tokenizer.eos_token_id), heatmap_problems=0, **grading

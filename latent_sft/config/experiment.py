@@ -1,0 +1,68 @@
+"""The configuration of an experiment: what all methods share, and one section or more of every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from operator import attrgetter
+from typing import Any
+
+from latent_sft.config.schema import CommonConfig
+from latent_sft.config.training import TrainConfig, need
+from latent_sft.methods import METHODS, STAGES, method_of
+
+
+class _Experiment(CommonConfig):
+    """One experiment."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, stage in STAGES.items():
+            train = self.stage(name)
+            train.check(stage.section)
+            mixed, halves = train.mixed_precision, self.model.dtype == "float16"
+            fits = not halves or mixed != "bf16"
+            need(fits, f"{stage.section}.mixed_precision", mixed, "fp16, as model.dtype=float16")
+            fits = not self.launch.zero or mixed != "fp16"
+            need(fits, f"{stage.section}.mixed_precision", mixed, "bf16 or no, where launch.zero > 0")
+        for method in METHODS:
+            settings = self.settings(method.settings)
+            method.check(settings, self.model, [name for name in STAGES if self.stage(name).enabled])
+            for stage in method.stages:
+                if self.stage(stage.name).enabled and not self.stage(stage.name).start_from:
+                    self._check_source(method.settings, stage.source(settings))
+
+    def _check_source(self, section: str, source: str | None) -> None:
+        # a stage of another method has to be trained; a method's own stages are its own affair
+        if source is not None and method_of(source).settings != section:
+            needed = f"{STAGES[source].section}.enabled=true, since it starts from that stage"
+            need(self.stage(source).enabled, f"{section}.init", source, needed)
+
+    def stage(self, name: str) -> TrainConfig:
+        """Return the training settings of a stage by its command-line name."""
+        return attrgetter(STAGES[name].section)(self)
+
+    def precision(self, stage: str) -> str:
+        """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""
+        said, dtype = self.stage(stage).mixed_precision, self.model.dtype
+        if said == "no" and dtype == "float16":
+            return "fp16"  # for its scaler: gradients of float16 end at 6e-8
+        return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
+
+    def settings(self, section: str) -> Any:
+        """Return a method's own section, None where it has none."""
+        return getattr(self, section) if section else None
+
+
+Config: Any = dataclasses.make_dataclass(
+    "Config",
+    [
+        (name, type(make()), dataclasses.field(default_factory=make))
+        for method in METHODS
+        for name, make in method.sections.items()
+    ],
+    bases=(_Experiment,),
+    frozen=True,
+    kw_only=True,
+)
+"""One experiment: `CommonConfig` with the sections of all methods."""
+Config.__module__ = __name__  # so that it can be sent to other processes

@@ -1,0 +1,24 @@
+"""The methods, in the order of tables; whatever handles methods iterates over METHODS and names none."""
+
+from __future__ import annotations
+
+from latent_sft.methods import coconut, cot, latent_sft, self_distill, soft_thinking
+from latent_sft.methods.base import Method, Model, Stage
+
+METHODS: tuple[Method, ...] = (
+    cot.METHOD,
+    latent_sft.METHOD,
+    soft_thinking.METHOD,
+    coconut.METHOD,
+    self_distill.CODI,
+    self_distill.PCCOT,
+    self_distill.KAVA,
+)
+STAGES: dict[str, Stage] = {stage.name: stage for method in METHODS for stage in method.stages}
+SECTIONS: dict[str, str] = {name: stage.section for name, stage in STAGES.items()}
+MODELS: dict[str, Model] = {model.name: model for method in METHODS for model in method.models}
+
+
+def method_of(name: str) -> Method:
+    """Return the method of a stage or model."""
+    return next(m for m in METHODS if any(x.name == name for x in (*m.stages, *m.models)))
