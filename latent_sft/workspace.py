@@ -179,6 +179,7 @@ class Workspace:
             tokenizer=self.tokenizer,
             start=self.base if source is None else source.final,
             source=source.directory.name if source is not None and source.directory.name in STAGES else "",
+            base=self.base,
             root=self.base if root is None else root.final,
             latents=latents,
         )

@@ -24,6 +24,7 @@ BASES = {
     "math_qwen7b": "qwen",
     "kava_llama1b": "llama",
     "codi_llama1b": "llama",
+    "simcot_llama1b": "llama",
     "pccot_gpt2": "gpt2",
     "coconut_gpt2": "gpt2",
 }

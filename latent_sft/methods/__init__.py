@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latent_sft.methods import coconut, cot, icot, latent_sft, self_distill, soft_thinking
+from latent_sft.methods import coconut, cot, icot, latent_sft, self_distill, sim_cot, soft_thinking
 from latent_sft.methods.base import Method, Model, Stage
 
 METHODS: tuple[Method, ...] = (
@@ -14,6 +14,7 @@ METHODS: tuple[Method, ...] = (
     self_distill.CODI,
     self_distill.PCCOT,
     self_distill.KAVA,
+    sim_cot.METHOD,
 )
 STAGES: dict[str, Stage] = {stage.name: stage for method in METHODS for stage in method.stages}
 SECTIONS: dict[str, str] = {name: stage.section for name, stage in STAGES.items()}

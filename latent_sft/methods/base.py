@@ -47,6 +47,7 @@ class Setup:
         start: folder or Hub name of what the stage starts from: the `final` of stage `source`, what `start_from`
             names, or the base model.
         source: name of that stage, or empty.
+        base: folder or Hub name of the base model.
         root: what the first stage of the method started from.
         latents: stored latents of a row, where the stage reads a Store.
         steps_per_epoch: optimizer steps, for `curriculum` and `callbacks`; 0 before the training set is cut up.
@@ -60,6 +61,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase | None
     start: str | Path
     source: str
+    base: str | Path
     root: str | Path
     latents: LabelOf | None = None
     steps_per_epoch: int = 0

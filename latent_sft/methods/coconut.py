@@ -37,7 +37,16 @@ from latent_sft.methods.common import (
 )
 from latent_sft.models.head import ce_total
 from latent_sft.models.load import load_lm, trainable
-from latent_sft.models.thought_passes import check_length, labelled, read, read_on, think_in_turn, use_thoughts
+from latent_sft.models.thought_passes import (
+    Prompt,
+    Thought,
+    check_length,
+    labelled,
+    read,
+    read_on,
+    think_in_turn,
+    use_thoughts,
+)
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -64,15 +73,15 @@ class CoconutConfig:
     reset_optimizer: bool = True
     """Forget the optimizer's moments whenever a stage begins."""
 
-    def __post_init__(self) -> None:
-        need(self.latents_per_step >= 1, "coconut.latents_per_step", self.latents_per_step, "an integer >= 1")
-        need(self.max_stage >= 0, "coconut.max_stage", self.max_stage, "an integer >= 0")
+    def check(self, section: str) -> None:
+        """Raise a ConfigError for a value out of range; `section` is where these settings stand."""
+        need(self.latents_per_step >= 1, f"{section}.latents_per_step", self.latents_per_step, "an integer >= 1")
+        need(self.max_stage >= 0, f"{section}.max_stage", self.max_stage, "an integer >= 0")
         last = self.max_stage + 1 if self.max_stage else 0
-        need(0 <= self.first_stage <= max(last, 1), "coconut.first_stage", self.first_stage, f"0 to {max(last, 1)}")
-        share = self.stage_share * max(0, last - self.first_stage)
-        need(self.stage_share > 0 and share < 1, "coconut.stage_share", self.stage_share, "shares that sum to below 1")
-        need(0 <= self.uniform_prob <= 1, "coconut.uniform_prob", self.uniform_prob, "0 to 1")
-        self.train.check("coconut.train")
+        need(0 <= self.first_stage <= max(last, 1), f"{section}.first_stage", self.first_stage, f"0 to {max(last, 1)}")
+        share, each = self.stage_share * max(0, last - self.first_stage), self.stage_share
+        need(each > 0 and share < 1, f"{section}.stage_share", each, "shares that sum to below 1")
+        need(0 <= self.uniform_prob <= 1, f"{section}.uniform_prob", self.uniform_prob, "0 to 1")
 
     @property
     def num_latents(self) -> int:
@@ -96,9 +105,16 @@ class CoconutModel(nn.Module):
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total`, the weighted sum over a batch of `coconut_batch`."""
-        check_length(self.lm, batch["kind"].shape[1])
+        return self.losses(batch, *self.think(batch))
+
+    def think(self, batch: dict[str, Tensor]) -> tuple[Prompt, Thought]:
+        """Read the prompts and think."""
+        check_length(self.lm, sum(batch[part].shape[1] for part in ("prompt_ids", "thought_mask", "tail_ids")))
         prompt = read(self.lm, batch["prompt_ids"], batch["prompt_length"])
-        thought = think_in_turn(self.lm, self.thoughts, prompt, batch["thought_mask"])
+        return prompt, think_in_turn(self.lm, self.thoughts, prompt, batch["thought_mask"])
+
+    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> dict[str, Tensor]:
+        """Return the sums of `forward` after what `think` gave."""
         result = read_on(
             self.lm, batch["tail_ids"], batch["tail_length"], thought.position, (prompt.piece, *thought.pieces)
         )
@@ -270,6 +286,7 @@ METHOD = Method(
             save=save_with_thoughts,
         ),
     ),
+    check=lambda settings, model, stages: settings.check("coconut"),
     models=(
         Model(
             name="coconut",

@@ -51,6 +51,7 @@ from latent_sft.methods.common import (
 from latent_sft.models.head import ce_total
 from latent_sft.models.load import load_lm, trainable
 from latent_sft.models.thought_passes import (
+    Prompt,
     Result,
     Thought,
     Watch,
@@ -180,15 +181,22 @@ class SelfDistillModel(nn.Module):
             ConfigError: the family's attention cannot be used this way.
             TrainingError: a layer did not leave its keys and values.
         """
-        use, kv, sequential = self.settings, self.settings.kv, self.thoughts.spec.sequential
+        return self.losses(batch, *self.think(batch))
+
+    def think(self, batch: dict[str, Tensor]) -> tuple[Prompt, Thought]:
+        """Read the prompts and think."""
+        sequential = self.thoughts.spec.sequential
         count, columns = self.thoughts.spec.num_latents, batch["prompt_ids"].shape[1]
         check_length(self.lm, columns + max(count + batch["tail_ids"].shape[1], batch["teacher_ids"].shape[1]))
         prompt = read(self.lm, batch["prompt_ids"], batch["prompt_length"], None if sequential else self.thoughts)
         if sequential:
             every = torch.ones(len(prompt.length), count, dtype=torch.bool, device=prompt.length.device)
-            thought = think_in_turn(self.lm, self.thoughts, prompt, every)
-        else:
-            thought = think_at_once(self.lm, self.thoughts, prompt)
+            return prompt, think_in_turn(self.lm, self.thoughts, prompt, every)
+        return prompt, think_at_once(self.lm, self.thoughts, prompt)
+
+    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> dict[str, Any]:
+        """Return the sums of `forward` after what `think` gave."""
+        use, kv = self.settings, self.settings.kv
         student = read_on(
             self.lm,
             batch["tail_ids"],

@@ -14,9 +14,8 @@ A pass runs the decoder over some columns, which see the keys and values that ea
     think   [z_1 .. z_M]                sees the prompt's, leaves the latents'
     answer  [E A]                       sees both
 
-Not a transformers Cache: that one is switched off under gradient checkpointing, and gradients have to run through it.
-Under gradient checkpointing (not re-entrant) the tensors taken in the forward pass belong to its graph; while
-activations are recomputed nothing is taken any more.
+Not a transformers Cache, which is off under gradient checkpointing. There (not re-entrant) the tensors taken in the
+forward pass belong to its graph; while activations are recomputed nothing is taken any more.
 """
 
 from __future__ import annotations
@@ -212,11 +211,13 @@ class Thought(NamedTuple):
 
     Attributes:
         pieces: their keys and values, in order, one piece a pass or one for all.
+        inputs: `[B, N, D]` what the last pass over each latent read; N = 0 where there was none.
         last: `[B, D]` hidden state of the last latent (of the prompt, where a row has none).
         position: `[B]` position id of what comes next.
     """
 
     pieces: tuple[Piece, ...]
+    inputs: Tensor
     last: Tensor
     position: Tensor
 
@@ -259,16 +260,16 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
         prompt: see `read`.
         real: `[B, N]` which latents a row has, none behind a missing one; N passes are made for all.
     """
-    pieces: list[Piece] = []
-    hidden = last = prompt.last
+    pieces, fed, hidden, last = list[Piece](), [prompt.last[:, None][:, :0]], prompt.last, prompt.last
     for i in range(real.shape[1]):
         inputs = thoughts(hidden)[:, None]
         position = _within(prompt.length + i, real[:, i])[:, None]
         done = run(lm, inputs, position, real[:, i : i + 1], (prompt.piece, *pieces))
         pieces.append(done.piece)
+        fed.append(inputs)
         hidden = done.hidden[:, 0]
         last = torch.where(real[:, i, None], hidden, last)
-    return Thought(tuple(pieces), last, prompt.length + real.sum(1))
+    return Thought(tuple(pieces), torch.cat(fed, dim=1), last, prompt.length + real.sum(1))
 
 
 def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
@@ -277,13 +278,12 @@ def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
     count = thoughts.spec.num_latents
     hidden, piece = prompt.waiting
     position = prompt.length[:, None] + torch.arange(count, device=hidden.device)
-    start = thoughts(prompt.last)[:, None] if thoughts.spec.iterations else None
+    inputs = start = thoughts(prompt.last)[:, None] if thoughts.spec.iterations else hidden[:, :0]
     for _ in range(thoughts.spec.iterations):
-        assert start is not None
         inputs = torch.cat([start, thoughts(hidden[:, :-1])], dim=1)
         done = run(lm, inputs, position, piece.real, [prompt.piece])
         hidden, piece = done.hidden, done.piece
-    return Thought((piece,), hidden[:, -1], prompt.length + count)
+    return Thought((piece,), inputs, hidden[:, -1], prompt.length + count)
 
 
 def read_on(

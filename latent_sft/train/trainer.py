@@ -39,8 +39,9 @@ class LatentTrainer(ResumableTrainer):
         loss = sum over terms of weight * total / count
 
     Sums and counts run over the global batch: all processes and all accumulated micro-batches. So batch shape, padding
-    and world size do not change the loss. A module may leave terms out, and return what describes them as `observed`:
-    name -> (sum, count), whose quotients are logged.
+    and world size do not change the loss. The module is given these counts, which may go on after those of the terms.
+    It may leave terms out, and return what describes them as `observed`: name -> (sum, count), whose quotients are
+    logged.
 
     Args:
         weights: name -> weight of the terms, in the order of the batch's `counts`.
@@ -88,7 +89,7 @@ class LatentTrainer(ResumableTrainer):
     ) -> Any:
         """Return this micro-batch's share of the global loss (times world size, since gradients are averaged)."""
         counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
-        out = model(**inputs)
+        out = model(**{**inputs, "counts": counts})  # a term may weigh its parts by what there is of each
         # a global batch may have nothing that a term is about; its sum is 0 then
         parts = {
             f"loss_{name}": out[f"{name}_total"] / counts[i].clamp(min=1)

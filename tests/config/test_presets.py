@@ -95,6 +95,12 @@ PUBLISHED = {
         "«</think>»The answer is: ",
         "14<|eot_id|>",
     ),
+    "simcot_llama1b": (
+        f"<|begin_of_text|>{Q}«<think>»",
+        "<<10-3=7>> <<7*2=14>>",
+        "«</think>»The answer is: ",
+        "14<|eot_id|>",
+    ),
     "pccot_gpt2": (f"{Q}«<think>»", "<<10-3=7>>«\n»<<7*2=14>>", "«</think>»The answer is:", "14<|endoftext|>"),
     "coconut_gpt2": (f"{Q}\n«<think>»", "<<10-3=7>>\n<<7*2=14>>", "«</think>»", "14<|endoftext|>"),
 }

@@ -39,7 +39,7 @@ def test_stages_by_hand(settings: dict, expected: list[int]) -> None:
 )
 def test_values_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"coconut\.{key}"):
-        CoconutConfig(**{key: value})
+        CoconutConfig(**{key: value}).check("coconut")
 
 
 @pytest.mark.parametrize("by_tokens", [False, True])
