@@ -88,13 +88,7 @@ def _run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             else:
                 how = device, options.threads, options.quick
                 paths = {path: measure.memory_in_fresh_process(case, path, *how) for path in case.memory}
-                found = {
-                    "part": case.part,
-                    "name": case.name,
-                    "cot": case.cot,
-                    "limit_gib": case.limit_gib,
-                    "paths": paths,
-                }
+                found = {key: getattr(case, key) for key in ("part", "name", "cot", "limit_gib")} | {"paths": paths}
             results[part].append(found)
             # at once: a run is long, and a machine may run out of memory
             (options.out / "speed.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -19,6 +19,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -272,12 +273,10 @@ def without_ties(case: Case, device: str, tries: int = 5) -> Case:
 @cache
 def _stage1_models(size: Size, device: str) -> tuple[Stage1Model, plain.PlainStage1]:
     marker = 0.02 * torch.randn(size.hidden, generator=torch.Generator().manual_seed(2))
-    models = (
-        (build_lm(size, 0, device), build_lm(size, 1, device)),
-        (build_lm(size, 0, device), build_lm(size, 1, device)),
+    fast, slow = (
+        kind(build_lm(size, 0, device), build_lm(size, 1, device), marker, spec_of(size)).to(device).train()
+        for kind in (Stage1Model, plain.PlainStage1)
     )
-    kinds = (Stage1Model, plain.PlainStage1)
-    fast, slow = (k(*two, marker, spec_of(size)).to(device).train() for k, two in zip(kinds, models, strict=True))
     return fast, slow
 
 
@@ -293,15 +292,14 @@ def _stage1(case: Case, device: str) -> dict[str, Way]:
         latents = random_labels(-(-case.cot[0] // case.rate), case.size.vocab, 0)
         given["label_of"] = lambda _id, _hash: latents
     batch = partial(stage1_batch, rows, fast.spec, normalisation="token", **given)
+    inputs = partial(plain.stage1_inputs, rows, fast.spec)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        return _backward(fast(**batch)["ce_total"] / batch["counts"][0])
+
     return {
-        "plain": Way(
-            slow, lambda: plain.to_device(plain.stage1_inputs(rows, fast.spec), device), lambda b: _backward(slow(b))
-        ),
-        "fast": Way(
-            fast,
-            lambda: plain.to_device(batch(), device),
-            lambda b: _backward(fast(**b)["ce_total"] / b["counts"][0]),
-        ),
+        "plain": Way(slow, lambda: send_to_device(inputs(), device), lambda b: _backward(slow(b))),
+        "fast": Way(fast, lambda: send_to_device(batch(), device), step),
     }
 
 
@@ -318,8 +316,8 @@ def _stage2(case: Case, device: str) -> dict[str, Way]:
         return _backward(out["ce_total"] / batch["counts"][0] + out["kl_total"] / batch["counts"][1])
 
     return {
-        "plain": Way(slow, lambda: plain.to_device(inputs(), device), lambda b: _backward(plain.stage2_loss(slow, b))),
-        "fast": Way(fast.lm, lambda: plain.to_device(batch(), device), step),
+        "plain": Way(slow, lambda: send_to_device(inputs(), device), lambda b: _backward(plain.stage2_loss(slow, b))),
+        "fast": Way(fast.lm, lambda: send_to_device(batch(), device), step),
     }
 
 
@@ -396,7 +394,7 @@ def _kava(case: Case, device: str) -> dict[str, Way]:
             batch = distill_batch(rows, spec, thought_spec, normalisation="token", drop_last_step=True, kv=settings.kv)
             shown = [{**row, "cot": row["cot"][: 3 * row["step_lengths"][0]]} for row in rows]
             again = explicit_batch(shown, spec, with_cot=True, normalisation="token")
-            return plain.to_device([batch, again], device)
+            return send_to_device([batch, again], device)
 
         def step(both: list[Any]) -> Tensor:
             batch, again = both
@@ -430,7 +428,7 @@ def _shared(case: Case, device: str) -> dict[str, Way]:
             with folder:
                 return holder.append(STAGES["stage1-union"].model(setup).to(device))[0]
 
-        return Way(holder, prepare, lambda m: _backward(m(**plain.to_device(batch, device))["ce_total"]))
+        return Way(holder, prepare, lambda m: _backward(m(**send_to_device(batch, device))["ce_total"]))
 
     return {"plain": way("false"), "fast": way("true")}
 
