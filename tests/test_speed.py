@@ -175,6 +175,16 @@ def test_peak_memory_is_what_a_step_allocates(monkeypatch):
     found = measure.peak(Case(part="stage1", name="", size=TINY, cot=(200,)), "fast", "cpu")
     assert 195 * 2**20 < found["peak"] < 215 * 2**20
     assert found["process_peak"] > found["peak"] and not found["exceeded"]
+    assert found["weights"] == 2 * 4  # weight and bias
+
+
+def test_one_backbone_holds_its_weights_once():
+    case = next(case for case in QUICK if case.part == "shared")
+    held = {}
+    for path, way in cases.build(case, "cpu").items():
+        way.step(way.prepare())
+        held[path] = sum({p.data_ptr(): p.numel() for p in way.module.parameters()}.values())
+    assert held["plain"] / 2 < held["fast"] < 0.8 * held["plain"]
 
 
 def test_a_process_beyond_its_limit_is_stopped():

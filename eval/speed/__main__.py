@@ -20,22 +20,15 @@ from tqdm import tqdm
 import latent_sft
 from eval.speed import cases, measure, tables
 
-ONLY = {
-    "stage1": ("stage1", "decoder"),
-    "stage2": ("stage2",),
-    "labels": ("labels",),
-    "decode": ("decode", "step", "quickstart"),
-    "kava": ("kava",),
-    "shared": ("shared",),
-}
-USUAL = ("stage1", "stage2", "labels", "decode")
+ONLY = {name: (name,) for name in ("stage1", "stage2", "labels", "decode", "kava", "shared")}
+ONLY |= {"stage1": ("stage1", "decoder"), "decode": ("decode", "step", "quickstart")}
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 where the paths do not agree."""
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
-    parser.add_argument("--only", type=_names, default=list(USUAL), help=f"some of {','.join(ONLY)}")
+    parser.add_argument("--only", default="stage1,stage2,labels,decode", help=f"some of {','.join(ONLY)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder for JSON and plots")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -46,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="put tables and plots into this document")
     options = parser.parse_args(argv)
     docs = options.write_docs
+    if unknown := set(options.only.split(",")) - set(ONLY):
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; expected some of {','.join(ONLY)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
     if docs and not {BEGIN, END} <= set(docs.read_text().splitlines()):
@@ -69,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Compare, then time, then measure memory; return everything as plain data."""
     torch.set_num_threads(options.threads)
-    device, parts = options.device, [part for name in options.only for part in ONLY[name]]
+    device, parts = options.device, [part for name in options.only.split(",") for part in ONLY[name]]
     chosen = [case for case in cases.all_cases(options.quick) if case.part in parts]
     checked, timed = measure.checked(chosen), [case for case in chosen if case.timed]
     remembered = [case for case in chosen if case.memory and options.memory]
@@ -108,13 +103,6 @@ def _machine(options: argparse.Namespace, rate: float) -> str:
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, latent_sft "
         f"{latent_sft.__version__}."
     )
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in ONLY]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; expected some of {','.join(ONLY)}")
-    return names
 
 
 if __name__ == "__main__":

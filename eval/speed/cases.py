@@ -433,14 +433,5 @@ def _shared(case: Case, device: str) -> dict[str, Way]:
     return {"plain": way("false"), "fast": way("true")}
 
 
-PARTS: dict[str, Callable[[Case, str], dict[str, Way]]] = {
-    "stage1": _stage1,
-    "decoder": _stage1,
-    "stage2": _stage2,
-    "labels": _labels,
-    "decode": _decode,
-    "step": _decode,
-    "quickstart": _decode,
-    "kava": _kava,
-    "shared": _shared,
-}
+PARTS = {"stage1": _stage1, "decoder": _stage1, "stage2": _stage2, "labels": _labels, "kava": _kava, "shared": _shared}
+PARTS |= dict.fromkeys(("decode", "step", "quickstart"), _decode)
