@@ -61,12 +61,6 @@ def chosen_export(config: Config, model: str | None = None) -> tuple[str, str]:
     return model, folders[model]
 
 
-def meanings() -> dict[str, str]:
-    """Return one line for every step."""
-    stores = [stage.reads for stage in STAGES.values() if stage.reads is not None]
-    return {**MEANINGS, **{s.name: s.meaning for s in stores}, **{n: stage.meaning for n, stage in STAGES.items()}}
-
-
 def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ()) -> str:
     """Return a shell script: one comment and one command a step; what is finished is skipped when it is run.
 
@@ -79,13 +73,15 @@ def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ())
         overrides: `key=value` settings every command repeats.
     """
     chosen = steps(config)
+    stores = [stage.reads for stage in STAGES.values() if stage.reads is not None]
+    meanings = {**MEANINGS, **{s.name: s.meaning for s in stores}, **{n: stage.meaning for n, stage in STAGES.items()}}
     lines = [f"# {config.name}: {len(chosen)} steps in {config.directory}, run one by one or with `| bash -e`"]
     usual = Config()  # the other methods are off where nobody asks for them
     skipped = [stage for stage in STAGES if stage not in chosen and usual.stage(stage).enabled]
     if skipped:
         lines.append(f"# disabled: {', '.join(skipped)}")
     for number, name in enumerate(chosen, start=1):
-        lines += ["", f"# {number}. {name}: {meanings()[name]} [{_status(config, name)}]"]
+        lines += ["", f"# {number}. {name}: {meanings[name]} [{_status(config, name)}]"]
         if name in STAGES and config.launch.nproc > 1:
             lines.append(f"# starts {config.launch.nproc} processes with torchrun (launch.nproc)")
         verb = ["train", name] if name in STAGES else [name]
@@ -117,13 +113,10 @@ def _status(config: Config, name: str) -> str:
     if name in ("report", "export"):  # folders without a manifest, made in one go
         return "finished" if any((run / name).glob("*")) else "to do"
     stores = {s.reads.name: [run / s.reads.folder] for s in STAGES.values() if s.reads is not None}
-    folders = {**stores, "eval": _evaluations(config)}.get(name, [run / name])
+    splits = [split for split in config.eval.splits if split != "test" or config.data.test]
+    evaluations = [run / "eval" / model / split for model in models_of(config) for split in splits]
+    folders = {**stores, "eval": evaluations}.get(name, [run / name])
     manifests = [Step(directory=folder, inputs={}).manifest() for folder in folders]
     if all(found is not None and found["status"] == FINISHED for found in manifests):
         return "finished"
     return "begun, not finished" if any(manifests) else "to do"
-
-
-def _evaluations(config: Config) -> list[Path]:
-    splits = [split for split in config.eval.splits if split != "test" or config.data.test]
-    return [Path(config.directory) / "eval" / model / split for model in models_of(config) for split in splits]

@@ -1,93 +1,89 @@
-"""Times of a case, all paths in one process and interleaved; and whether the paths give the same numbers."""
+"""Times of a case, whether its paths give the same numbers, and their peak memory.
+
+`python -m eval.speed.measure PART NAME PATH DEVICE THREADS QUICK` is the process whose memory is measured, which prints
+a line of JSON.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import benchmark
 
-from eval.speed import decode, floor, labels, stage1, stage2
-from eval.speed.cases import Case, Path
+from eval.speed import cases, floor
+from eval.speed.cases import Case, Way
 from latent_sft.method.types import Superposition
 
-PARTS: dict[str, ModuleType] = {
-    "stage1": stage1,
-    "decoder": stage1,
-    "stage2": stage2,
-    "labels": labels,
-    "decode": decode,
-    "step": decode,
-    "quickstart": decode,
-}
-"""Part -> the module with its `cases`, `build` and `small`."""
+GIB = 2**30
 TOLERANCE = 1e-4
 # share of labels with another entry at the k-th place: where two logits are as good as equal, rounding decides
 TIES = 1e-3
-# cases whose paths are compared before anything is timed
+# CoT tokens of the longest cases whose paths are compared
 CHECKED_UP_TO = 512
 
 
-def all_cases(quick: bool) -> list[Case]:
-    """Return every case in the order of measurement."""
-    return [case for module in (stage1, stage2, labels, decode) for case in module.cases(quick)]
-
-
-def times(case: Case, device: str, repeats: int, tick: Callable[[str], object]) -> dict[str, Any]:
+def times(case: Case, device: str, repeats: int) -> dict[str, Any]:
     """Time a case: a warm-up of each path on a tiny case of its kind, then A B A B ... `repeats` times.
-
-    Args:
-        case: what to time.
-        device: `cpu` or `cuda`.
-        repeats: timed calls of each path.
-        tick: called with the path after every call.
 
     Returns:
         The case as a dictionary with `seconds` and `prepare_seconds` (path -> raw times), `flops` (path -> floor of one
         call), and for decoding `steps` (path -> thinking steps of every problem).
     """
-    module = PARTS[case.part]
-    for name, path in module.build(module.small(case), device).items():
+    for name, way in cases.build(cases.small(case), device).items():
         if name in case.paths:
-            path.step(path.prepare())
-    paths = {name: path for name, path in module.build(case, device).items() if name in case.paths}
+            way.step(way.prepare())
+    ways = {name: way for name, way in cases.build(case, device).items() if name in case.paths}
     found: dict[str, Any] = {**dataclasses.asdict(case), "seconds": {}, "prepare_seconds": {}, "flops": {}}
-    batches: dict[str, Any] = {}
-    for name, path in paths.items():
-        batches[name], seconds = _timed(path.prepare, device)
-        found["prepare_seconds"][name] = [seconds]
-        found["seconds"][name] = []
+    batches = {}
+    for name, way in ways.items():
+        batches[name], seconds = _timed(way.prepare)
+        found["prepare_seconds"][name], found["seconds"][name] = [seconds], []
+    # in turns, so that other load on the machine meets every path: `benchmark.Timer` measures one after the other
     for _ in range(repeats):
-        for name, path in paths.items():
-            path.module.zero_grad(set_to_none=True)
-            result, seconds = _timed(partial(path.step, batches[name]), device)
+        for name, way in ways.items():
+            way.module.zero_grad(set_to_none=True)
+            result, seconds = _timed(lambda way=way, name=name: way.step(batches[name]))
             found["seconds"][name].append(seconds)
             _describe(found, case, name, result)
-            tick(name)
-    for path in paths.values():
-        path.module.zero_grad(set_to_none=True)
+    for way in ways.values():
+        way.module.zero_grad(set_to_none=True)
     return found
 
 
+def _timed(call: Any) -> tuple[Any, float]:
+    start = benchmark.timer()  # waits for the accelerator
+    result = call()
+    return result, benchmark.timer() - start
+
+
 def _describe(found: dict[str, Any], case: Case, name: str, result: Any) -> None:
-    if PARTS[case.part] is not decode:
-        share = case.items[case.paths.index(name)] / max(case.items)
-        found["flops"][name] = floor.of_case(case) * share
-    elif name != "plain":
-        prompts = decode.prompts_of(case, name)
-        found["flops"][name] = floor.of_decoding(case.size, prompts, result)
-        found.setdefault("steps", {})[name] = [row.num_steps for row in result]
-    else:
-        found.setdefault("steps", {})[name] = [len(row.latent.ids) for row in result]
+    if case.part in ("stage1", "decoder", "stage2", "labels"):
+        found["flops"][name] = floor.of_case(case) * case.items[case.paths.index(name)] / max(case.items)
+    elif case.part != "kava":
+        alone = name == "plain"
+        found.setdefault("steps", {})[name] = [len(row.latent.ids) if alone else row.num_steps for row in result]
+        if not alone:
+            found["flops"][name] = floor.of_decoding(case.size, cases.prompts_of(case, name), result)
+
+
+def checked(all_cases: list[Case]) -> list[Case]:
+    """Return the cases to compare: those with a reference that are not long."""
+    return [c for c in all_cases if c.timed and c.compared[0] in c.paths and max(c.cot) <= CHECKED_UP_TO]
 
 
 def differences(case: Case, device: str) -> dict[str, Any]:
-    """Compare the plain path with every other one.
+    """Compare the reference with the other path, in decoding with every other one.
 
     Returns:
         `case` and relative differences: `loss` and `gradient` (the largest over parameters, of the largest entry); for
@@ -95,70 +91,126 @@ def differences(case: Case, device: str) -> dict[str, Any]:
         other latents or another answer).
     """
     if case.part == "stage1":
-        case = stage1.without_ties(case, device)
-    paths = PARTS[case.part].build(case, device)
-    results = {name: path.step(path.prepare()) for name, path in paths.items() if name in case.paths}
+        case = cases.without_ties(case, device)
+    ways = cases.build(case, device)
     found: dict[str, Any] = {"case": f"{case.part}: {case.name}"}
-    reference = results.pop("plain")
-    if case.part == "decode":
-        found["problems"] = max(_other_problems(reference, rows) for rows in results.values())
-    elif case.part == "labels":
-        found.update(_other_labels(reference, results["fast"]))
-    else:
-        found["loss"] = float((results["fast"] - reference).abs() / reference.abs())
-        found["gradient"] = _other_gradients(paths["plain"], paths["fast"])
-        paths["plain"].module.zero_grad(set_to_none=True)
-        paths["fast"].module.zero_grad(set_to_none=True)
+    reference, other = (ways[name] for name in case.compared) if case.part != "decode" else (ways["plain"], None)
+    expected = reference.step(reference.prepare())
+    if other is None:
+        rest = [way.step(way.prepare()) for name, way in ways.items() if name != "plain"]
+        return {**found, "problems": max(_other_problems(expected, rows) for rows in rest)}
+    result = other.step(other.prepare())
+    if case.part == "labels":
+        return {**found, **_other_labels(expected, result)}
+    found |= {"loss": float((result - expected).abs() / expected.abs()), "gradient": _other_gradients(reference, other)}
+    for way in (reference, other):
+        way.module.zero_grad(set_to_none=True)
     return found
-
-
-def checked(cases: list[Case]) -> list[Case]:
-    """Return the cases to compare: those with a plain path that are not long."""
-    return [c for c in cases if c.timed and "plain" in c.paths and max(c.cot) <= CHECKED_UP_TO]
 
 
 def is_same(difference: dict[str, Any]) -> bool:
     """Return whether a result of `differences` is within the tolerance."""
-    allowed = {"ids": TIES}
-    return all(value <= allowed.get(key, TOLERANCE) for key, value in difference.items() if key != "case")
+    return all(value <= (TIES if key == "ids" else TOLERANCE) for key, value in difference.items() if key != "case")
 
 
-def _other_gradients(plain: Path, fast: Path) -> float:
-    expected = {name: p.grad for name, p in plain.module.named_parameters()}
-    worst = 0.0
-    for name, parameter in fast.module.named_parameters():
-        a, b = expected[name], parameter.grad
-        if a is None and b is None:
-            continue
-        if a is None or b is None:
-            raise AssertionError(f"{name}: only one path has a gradient")
-        worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)))
-    return worst
+def _other_gradients(reference: Way, other: Way) -> float:
+    expected = {name: p.grad for name, p in reference.module.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in other.module.named_parameters() if p.grad is not None}
+    if expected.keys() != found.keys():
+        raise AssertionError(f"only one path has gradients of {', '.join(expected.keys() ^ found.keys())}")
+    gaps = ((found[name] - a).abs().max() / a.abs().max().clamp(min=1e-12) for name, a in expected.items())
+    return max(map(float, gaps))
 
 
 def _other_labels(expected: list[Superposition], found: list[Superposition]) -> dict[str, float]:
     # neighbours in the order of weights may swap within rounding; that is the same latent
-    ids = weights = total = 0.0
-    for a, b in zip(expected, found, strict=True):
-        same = (a.ids.cpu().sort(-1).values == b.ids.sort(-1).values).all(-1)
-        ids, total = ids + float((~same).sum()), total + len(same)
-        gap: Tensor = (a.weights.cpu() - b.weights).abs().max(-1).values * same
-        weights = max(weights, float(gap.max()) if len(gap) else 0.0)
-    return {"ids": ids / max(1.0, total), "weights": weights}
+    a, b = (Superposition(*map(torch.cat, zip(*rows, strict=True))) for rows in (expected, found))
+    same = (a.ids.cpu().sort(-1).values == b.ids.cpu().sort(-1).values).all(-1)
+    gap: Tensor = (a.weights.cpu() - b.weights.cpu()).abs().max(-1).values * same
+    return {"ids": float((~same).float().mean()), "weights": float(gap.max())}
 
 
 def _other_problems(expected: list[Any], found: list[Any]) -> float:
     others = 0
     for i, b in enumerate(found):
-        a = expected[i % len(expected)]  # the problems repeat, see decode.prompts_of
+        a = expected[i % len(expected)]  # the problems repeat, see cases.prompts_of
         same_length = len(a.latent.ids) == b.num_steps and a.answer_ids == b.answer_ids
-        others += not (same_length and torch.equal(a.latent.ids[:, 0].cpu(), b.latent_ids[:, 0]))
+        others += not (same_length and torch.equal(a.latent.ids[:, 0].cpu(), b.latent_ids[:, 0].cpu()))
     return others / len(found)
 
 
-def _timed(call: Callable[[], Any], device: str) -> tuple[Any, float]:
-    floor.synchronise(device)
-    start = time.perf_counter()
-    result = call()
-    floor.synchronise(device)
-    return result, time.perf_counter() - start
+def memory_in_fresh_process(case: Case, path: str, device: str, threads: int, quick: bool) -> dict[str, Any]:
+    """Measure in a child process, which is stopped where it grows beyond `case.limit_gib`; see `peak`.
+
+    Raises:
+        RuntimeError: the child failed.
+    """
+    arguments = [case.part, case.name, path, device, str(threads), str(int(quick))]
+    command = [sys.executable, "-m", "eval.speed.measure", *arguments]
+    child = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    while child.poll() is None:
+        if case.limit_gib and device == "cpu" and _resident(child.pid, "VmRSS") > case.limit_gib * GIB:
+            child.kill()
+            child.wait()
+            return {"peak": None, "process_peak": None, "exceeded": True}
+        time.sleep(0.05)
+    text = child.stdout.read() if child.stdout is not None else ""
+    if child.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {case.part}, {case.name}, {path} failed; its message is above")
+    return json.loads(text.splitlines()[-1])
+
+
+def peak(case: Case, path: str, device: str) -> dict[str, Any]:
+    """Measure what a step needs beyond weights, which are there and warm, in this process.
+
+    On a CPU: the high-water mark of resident memory (VmHWM, Linux) minus resident memory right before. Layout, masks
+    and gradients count. On CUDA: allocated bytes.
+
+    Returns:
+        `peak` bytes beyond weights, `process_peak` bytes in all, `weights` bytes, and `exceeded`: it reached
+        `case.limit_gib`.
+    """
+    first = cases.build(cases.small(case), device)[path]
+    first.step(first.prepare())
+    way = cases.build(case, device)[path]
+    way.module.zero_grad(set_to_none=True)
+    gc.collect()
+    if device == "cpu":
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed pages back to the system, so that the level is low
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _resident("self", "VmRSS")
+        way.step(way.prepare())
+        high = _resident("self", "VmHWM")
+    else:
+        if case.limit_gib:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit_gib * GIB / total))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            way.step(way.prepare())
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            return {"peak": None, "process_peak": None, "exceeded": True}
+        high = torch.cuda.max_memory_allocated()
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in way.module.parameters()}
+    return {"peak": high - before, "process_peak": high, "weights": sum(weights.values()), "exceeded": False}
+
+
+def _resident(process: int | str, field: str) -> int:
+    """Return a line of /proc/PROCESS/status in bytes; 0 where the process has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+if __name__ == "__main__":
+    part, name, path, device, threads, quick = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    case = next(c for c in cases.all_cases(quick == "1") if (c.part, c.name) == (part, name))
+    sys.stdout.write(json.dumps(peak(case, path, device)) + "\n")

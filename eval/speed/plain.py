@@ -15,10 +15,12 @@ from the description of the method, for the published settings (`marker_position
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,11 +31,10 @@ IGNORE = -100
 
 
 class Answered(NamedTuple):
-    """What one problem produced: latents `[n, K]`, the answer without EOS, and how often the model was called."""
+    """What one problem produced: latents `[n, K]` and the answer without EOS."""
 
     latent: Superposition
     answer_ids: list[int]
-    forward_passes: int
 
 
 def stage1_inputs(rows: Sequence[Row], spec: LatentSpec) -> dict[str, Any]:
@@ -48,73 +49,64 @@ def stage1_inputs(rows: Sequence[Row], spec: LatentSpec) -> dict[str, Any]:
 
 def encoder_inputs(rows: Sequence[Row], spec: LatentSpec) -> dict[str, Any]:
     """The encoder's half of `stage1_inputs`: `[P, S_1, m, .., S_N, m, E]`."""
-    texts, markers = [], []
+    texts, kinds = [], []
     for row in rows:
-        ids, at, start = list(row["prompt"]), [], 0
+        ids, kind, cot = list(row["prompt"]), ["main"] * len(row["prompt"]), iter(row["cot"])
         for length in row["segment_lengths"]:
-            ids += row["cot"][start : start + length]
-            at.append(len(ids))
-            ids.append(0)
-            start += length
-        texts.append(ids + list(spec.end_think_ids))
-        markers.append(at)
-    longest = max(map(len, texts))
-    masks = []
-    for ids, at in zip(texts, markers, strict=True):
-        mask = _nobody(longest)
-        for t in range(len(ids)):
-            mask[t, : t + 1] = 0.0
-        for t in at:  # nobody reads an earlier marker
-            mask[t + 1 :, t] = torch.finfo(mask.dtype).min
-        masks.append(mask)
-    return {"encoder_ids": _padded(texts, spec.pad_id), "encoder_mask": torch.stack(masks)[:, None], "markers": markers}
+            ids += [*itertools.islice(cot, length), 0]
+            kind += [*["main"] * length, "marker"]
+        texts.append([*ids, *spec.end_think_ids])
+        kinds.append([*kind, *["main"] * len(spec.end_think_ids)])
+    markers = [_places(kind, "marker") for kind in kinds]
+    return {"encoder_ids": _padded(texts, spec.pad_id), "encoder_mask": _dense(kinds), "markers": markers}
 
 
 def _decoder_inputs(rows: Sequence[Row], spec: LatentSpec) -> dict[str, Any]:
-    laid = [_decoder_row(row, spec) for row in rows]
-    longest = max(len(ids) for ids, *_ in laid)
-    masks = []
-    for row, (ids, _, _, latents) in zip(rows, laid, strict=True):
-        mask, main = _nobody(longest), list(range(len(row["prompt"])))
-        for t in main:
-            mask[t, : t + 1] = 0.0
-        for t, length in zip(latents, [*row["segment_lengths"][1:], 0], strict=True):
-            main.append(t)
-            mask[t, torch.tensor(main)] = 0.0
-            for c in range(t + 1, t + 1 + length):  # a chunk sees its latent and itself
-                mask[c, t : c + 1] = 0.0
-        for t in range(latents[-1] + 1, len(ids)):
-            main.append(t)
-            mask[t, torch.tensor(main)] = 0.0
-        masks.append(mask)
+    texts, labels, positions, kinds = [], [], [], []
+    for row in rows:
+        # labels are those of the token at its own place, not shifted
+        ids, kind, at = list(row["prompt"]), ["main"] * len(row["prompt"]), list(range(len(row["prompt"])))
+        label, cot, place = [IGNORE] * len(ids), iter(row["cot"][row["segment_lengths"][0] :]), len(ids)
+        for length in [*row["segment_lengths"][1:], 0]:
+            chunk = list(itertools.islice(cot, length))
+            ids += [0, *chunk]
+            label += [IGNORE, *chunk]
+            kind += ["latent", *["branch"] * length]
+            at += range(place, place + 1 + length)
+            place += 1
+        tail = [*spec.end_think_ids, *row["answer"]]
+        texts.append(ids + tail)
+        labels.append(label + tail)
+        kinds.append(kind + ["main"] * len(tail))
+        positions.append([*at, *range(place, place + len(tail))])
     return {
-        "ids": _padded([ids for ids, *_ in laid], spec.pad_id),
-        "labels": _padded([labels for _, labels, *_ in laid], IGNORE),
-        "position": _padded([position for *_, position, _ in laid], 0),
-        "latents": [latents for *_, latents in laid],
-        "mask": torch.stack(masks)[:, None],
+        "ids": _padded(texts, spec.pad_id),
+        "labels": _padded(labels, IGNORE),
+        "position": _padded(positions, 0),
+        "latents": [_places(kind, "latent") for kind in kinds],
+        "mask": _dense(kinds),
     }
 
 
-def _decoder_row(row: Row, spec: LatentSpec) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Return ids, labels (of the token at its own place, not shifted), positions and the places of the latents."""
-    ids = list(row["prompt"])
-    labels, position, latents = [IGNORE] * len(ids), list(range(len(ids))), []
-    start, next_position = row["segment_lengths"][0], len(ids)
-    for length in [*row["segment_lengths"][1:], 0]:
-        chunk = row["cot"][start : start + length]
-        latents.append(len(ids))
-        ids += [0, *chunk]
-        labels += [IGNORE, *chunk]
-        position += range(next_position, next_position + 1 + length)
-        start, next_position = start + length, next_position + 1
-    tail = [*spec.end_think_ids, *row["answer"]]
-    position += range(next_position, next_position + len(tail))
-    return ids + tail, labels + tail, position, latents
+def _dense(kinds: Sequence[Sequence[str]]) -> Tensor:
+    """Return `[B, 1, T, T]`: all see the main track before; markers are not seen, a branch sees from its latent."""
+    longest = max(map(len, kinds))
+    masks = torch.full((len(kinds), 1, longest, longest), torch.finfo(torch.float32).min)
+    for (mask,), kind in zip(masks, kinds, strict=True):
+        seen, latent = mask[0].clone(), 0
+        for t, what in enumerate(kind):
+            if what == "branch":
+                mask[t, latent : t + 1] = 0.0
+                continue
+            mask[t] = seen
+            mask[t, t] = 0.0
+            if what != "marker":
+                seen[t], latent = 0.0, t
+    return masks
 
 
-def _nobody(length: int) -> Tensor:
-    return torch.full((length, length), torch.finfo(torch.float32).min)
+def _places(kinds: Sequence[str], what: str) -> list[int]:
+    return [t for t, kind in enumerate(kinds) if kind == what]
 
 
 def _padded(lists: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -196,7 +188,7 @@ def stage2_loss(lm: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def labels(model: PlainStage1, rows: Sequence[Row], full_logits: bool = False) -> list[Superposition]:
     """Return the latents of every row: layout, mask and one forward an example."""
     device = model.marker.device
-    return [model.encode(to_device(encoder_inputs([row], model.spec), device), full_logits)[0] for row in rows]
+    return [model.encode(send_to_device(encoder_inputs([row], model.spec), device), full_logits)[0] for row in rows]
 
 
 @torch.no_grad()
@@ -204,10 +196,9 @@ def answer(lm: nn.Module, spec: LatentSpec, prompt: Sequence[int]) -> Answered:
     """Solve one problem: latents with a cache; then prompt, latents and `</think>` are read again for the answer."""
     table = lm.get_input_embeddings().weight
     prefix = table[torch.tensor([prompt], device=table.device)]
-    embeds, cache, ids, weights, calls = prefix, None, [], [], 0
+    embeds, cache, ids, weights = prefix, None, [], []
     while True:
         out = lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        calls += 1
         logits, cache = out.logits[0, -1], out.past_key_values
         if int(logits.argmax()) == spec.end_think_ids[0] or len(ids) == spec.max_latents:
             break
@@ -215,11 +206,8 @@ def answer(lm: nn.Module, spec: LatentSpec, prompt: Sequence[int]) -> Answered:
         ids.append(top)
         weights.append(torch.softmax(kept.float(), dim=-1))
         embeds = _mixed(Superposition(top, weights[-1]), table)[None, None]
-    width = spec.top_k
-    latent = Superposition(
-        torch.stack(ids) if ids else table.new_zeros(0, width, dtype=torch.long),
-        torch.stack(weights) if weights else table.new_zeros(0, width),
-    )
+    none = torch.zeros(0, spec.top_k, device=table.device)
+    latent = Superposition(torch.stack(ids), torch.stack(weights)) if ids else Superposition(none.long(), none)
     close = table[torch.tensor([spec.end_think_ids], device=table.device)]
     embeds = torch.cat([prefix, _mixed(latent, table)[None], close], dim=1)
     written = lm.generate(
@@ -230,18 +218,7 @@ def answer(lm: nn.Module, spec: LatentSpec, prompt: Sequence[int]) -> Answered:
         eos_token_id=spec.eos_id,
         pad_token_id=spec.pad_id,
     )[0].tolist()
-    return Answered(latent, [t for t in written if t != spec.eos_id], calls + len(written))
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move every tensor of a batch, also inside lists and tuples."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, Superposition):
-        return Superposition(*(to_device(v, device) for v in batch))
-    return [to_device(v, device) for v in batch] if isinstance(batch, list) else batch
+    return Answered(latent, [t for t in written if t != spec.eos_id])
 
 
 def _mixed(latent: Superposition, table: Tensor) -> Tensor:

@@ -1,208 +1,199 @@
-"""Results -> tables of text, for the terminal and for the documentation."""
+"""Results -> tables and figures, for the terminal and for the documentation."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-from rich.table import Table as RichTable
+import numpy as np
+import pandas as pd
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
 
-from eval.speed.memory import GIB
+import latent_sft
+from eval.speed.cases import LIMIT_GIB, LONGEST
+from eval.speed.measure import GIB, TOLERANCE, is_same
 
+STYLE = Path(latent_sft.__file__).parent / "evaluation/templates/report.mplstyle"
+COLOURS = {"plain": "#2f6fb0", "fast": "#b3365e"}
+STAGE1_SHORT, STAGE1_LONG = "CoT 512, r=4", "CoT 4096, r=16"
+# title, parts, columns
+TABLES = (
+    ("Stage 1, forward and backward", ("stage1",), ("s", "times", "batch (ms)", "floor (GFLOP)", "of matmul")),
+    ("Stage 1, the decoder alone", ("decoder",), ("s", "ms per CoT token", "of matmul")),
+    ("Stage 2 (per step) and labels (per example)", ("stage2", "labels"), ("ms", "times", "of matmul")),
+    ("Decoding", ("decode",), ("problems/s", "times", "latents", "of matmul")),
+    ("Latent against explicit thinking, per problem", ("step", "quickstart"), ("ms", "share")),
+    ("A training step of KaVa", ("kava",), ("s", "share")),
+)
+FORMATS = {"times": "{:.2f}×", "share": "{:.2f}", "batch (ms)": "{:.0f}", "of matmul": "{:.0%}", "s": "{:.3f}"}
+COLUMNS = "part case path cot rows rate s ms problems/s times share latents".split()
+COLUMNS += ["ms per CoT token", "batch (ms)", "floor (GFLOP)", "of matmul"]
 Results = dict[str, Any]
 
 
-class Table(NamedTuple):
-    """A title, column heads, and rows of text; the first column is left-aligned."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-
-def all_tables(results: Results) -> list[Table]:
-    """Return the tables that the results have something for."""
-    tables = [equality(results), stage1(results), memory(results), decoder(results), others(results)]
-    tables += [decoding(results), steps(results)]
-    return [table for table in tables if table.rows]
-
-
-def median(case: dict[str, Any], path: str) -> float:
-    """Return the median seconds of one call of a path."""
-    return statistics.median(case["seconds"][path])
-
-
-def per_item(case: dict[str, Any], path: str) -> float:
-    """Return the median seconds a problem or example."""
-    return median(case, path) / case["items"][case["paths"].index(path)]
-
-
-def ratio(case: dict[str, Any], slow: str, fast: str) -> float:
-    """Return how many times faster `fast` is, a problem or example."""
-    return per_item(case, slow) / per_item(case, fast)
+def timed(results: Results) -> pd.DataFrame:
+    """Return a row for each path of each case: medians, and against the case's first path `times` faster, `share`."""
+    rows = []
+    for case in results["cases"]:
+        cot = max(case["cot"], default=0)
+        items = dict(zip(case["paths"], case["items"], strict=True))
+        seconds = {path: float(np.median(values)) for path, values in case["seconds"].items()}
+        first = seconds[case["paths"][0]] / items[case["paths"][0]]
+        for path, s in seconds.items():
+            per_item, flops = s / items[path], case["flops"].get(path, np.nan)
+            row = {"part": case["part"], "case": case["name"], "path": path, "cot": cot, "rows": len(case["cot"])}
+            row |= {"rate": case["rate"], "s": s, "ms": 1e3 * per_item, "problems/s": 1 / per_item}
+            row |= {"times": first / per_item, "share": per_item / first, "ms per CoT token": 1e3 * s / max(cot, 1)}
+            row |= {"batch (ms)": 1e3 * case["prepare_seconds"][path][0], "floor (GFLOP)": flops / 1e9}
+            row["latents"] = float(np.mean(case.get("steps", {}).get(path, [np.nan])))
+            rows.append({**row, "of matmul": flops / s / results["matmul_rate"]})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def exponent(results: Results) -> float | None:
     """Return b of the fit `time = a * length^b` (least squares of logarithms) over the decoder-only cases."""
-    points = [(math.log(c["cot"][0]), math.log(median(c, "fast"))) for c in results["cases"] if c["part"] == "decoder"]
-    if len(points) < 2:
-        return None
-    return statistics.linear_regression(*zip(*points, strict=True)).slope
+    found = timed(results).query("part == 'decoder'")
+    return float(np.polyfit(np.log(found.cot), np.log(found.s), 1)[0]) if len(found) > 1 else None
 
 
-def equality(results: Results) -> Table:
-    """Return the differences between the paths."""
-    rows = [
-        (
-            d["case"],
-            ", ".join(f"{key} {value:.1e}" if value else f"{key} 0" for key, value in d.items() if key != "case"),
-        )
-        for d in results["differences"]
-    ]
-    return Table("The two paths agree: largest relative differences", ("case", "differences"), rows)
+def to_markdown(results: Results) -> list[str]:
+    """Return the tables that the results have something for, those of the aims first."""
+    frame, tables = timed(results), {}
+    tables["Aims"] = aims(results)
+    different = pd.DataFrame(results["differences"]).map(lambda x: _text(x, "{:.1e}"))
+    tables["The paths agree: largest relative differences"] = different
+    tables["Peak memory beyond weights, a fresh process each"] = _memory(results)
+    for title, parts, columns in TABLES:
+        slope = exponent(results) if parts == ("decoder",) else None
+        found = frame[frame.part.isin(parts)]
+        shown = {c: [_text(x, FORMATS.get(c, "{:.2f}")) for x in found[c]] for c in ("case", "path", *columns)}
+        tables[title + (f": time grows as CoT length to the {slope:.2f}" if slope else "")] = pd.DataFrame(shown)
+    return [f"**{title}**\n\n{_markdown(table)}" for title, table in tables.items() if len(table)]
 
 
-def stage1(results: Results) -> Table:
-    """Return forward and backward of encoder and decoder against CoT length."""
-    columns = (
-        "",
-        "plain (s)",
-        "fast (s)",
-        "plain/fast",
-        "fast, batch (ms)",
-        "plain, batch (ms)",
-        "floor (GFLOP)",
-        "of matmul",
-    )
-    rows = []
-    for case in _cases(results, "stage1"):
-        has_plain = "plain" in case["paths"]
-        rows.append(
-            (
-                case["name"],
-                _seconds(median(case, "plain")) if has_plain else "not run",
-                _seconds(median(case, "fast")),
-                f"{ratio(case, 'plain', 'fast'):.2f}×" if has_plain else "",
-                f"{1e3 * case['prepare_seconds']['fast'][0]:.0f}",
-                f"{1e3 * case['prepare_seconds']['plain'][0]:.0f}" if has_plain else "",
-                f"{case['flops']['fast'] / 1e9:.1f}",
-                _reached(case, "fast", results),
-            )
-        )
-    return Table("Stage 1, forward and backward of encoder and decoder", columns, rows)
+def aims(results: Results) -> pd.DataFrame:
+    """Return what the fast path is to reach, what it reached, and whether that is enough."""
+    frame, rows = timed(results), []
+
+    def aim(text: str, value: Any, form: str = "{:.2f}×", *, least: float = -np.inf, most: float = np.inf) -> None:
+        shown = "not measured" if value is None else form.format(value)
+        rows.append((text, shown, "" if value is None else "yes" if least <= value <= most else "no"))
+
+    def of(column: str, part: str, start: str = "", path: str = "fast") -> float | None:
+        found = frame[(frame.part == part) & frame.case.str.startswith(start) & (frame.path == path)]
+        return float(found[column].iloc[0]) if len(found) else None
+
+    def memory(name: str, path: str, key: str) -> float | None:
+        entries = [m["paths"] for m in results["memory"] if (m["part"], m["name"]) == ("stage1", name)]
+        found = entries[0].get(path) if entries else None
+        # a process that was stopped had just grown beyond the limit
+        return None if found is None else LIMIT_GIB + 1e-9 if found["exceeded"] else found[key] / GIB
+
+    others = [d["case"] for d in results["differences"] if not is_same(d)]
+    agree = "all but " + "; ".join(others) if others else "all" if results["differences"] else "not measured"
+    verdict = "" if agree == "not measured" else "no" if others else "yes"
+    rows.append((f"the paths agree, to {TOLERANCE:g}", agree, verdict))
+    aim(f"stage 1, {STAGE1_SHORT}: at least 2×", of("times", "stage1", STAGE1_SHORT), least=2)
+    aim(f"stage 1, {STAGE1_LONG}: at least 4×", of("times", "stage1", STAGE1_LONG), least=4)
+    fast, slow = (memory(STAGE1_LONG, path, "peak") for path in ("fast", "plain"))
+    aim(f"memory, {STAGE1_LONG}: at most 1/3 of plain", fast and slow and fast / slow, "{:.2f}", most=1 / 3)
+    longest, gib = f"CoT {LONGEST}, r=16", f"{LIMIT_GIB:g} GiB"
+    whole, cannot = (memory(longest, path, "process_peak") for path in ("fast", "plain"))
+    aim(f"CoT of {LONGEST} tokens: whole process at most {gib}", whole, "{:.2f} GiB", most=LIMIT_GIB)
+    aim(f"CoT of {LONGEST} tokens: plain cannot in {gib}", cannot, "over {:.2f} GiB", least=LIMIT_GIB + 1e-10)
+    aim("decoder alone, exponent of time in CoT length: below 1.3", exponent(results), "{:.2f}", most=1.3)
+    aim("stage 2: at least 2×", of("times", "stage2"), least=2)
+    aim("labels: at least 5×", of("times", "labels", "256"), least=5)
+    aim("labels at the quickstart's size: at least 5×", of("times", "labels", "hidden 64"), least=5)
+    aim("decoding at batch 64: at least 15×", of("times", "decode", path="batch 64"), least=15)
+    same = next((1 - d["problems"] for d in results["differences"] if "problems" in d), None)
+    aim("decoding: problems with the same latents and answer", same, "{:.0%}", least=1)
+    for batch in (1, 64):
+        cost = of("share", "step", f"batch {batch},", "latent")
+        aim(f"a latent step, batch {batch}: at most 1.15 explicit steps", cost, "{:.2f}", most=1.15)
+    cost = of("share", "quickstart", "batch 250,", "latent")
+    aim("quickstart, a problem: at most 0.65 of explicit", cost, "{:.2f}", most=0.65)
+    measured = any(value != "not measured" for _, value, _ in rows)
+    return pd.DataFrame(rows if measured else [], columns=["aim", "value", "reached"])
 
 
-def memory(results: Results) -> Table:
-    """Return peak memory beyond weights."""
+def _memory(results: Results) -> pd.DataFrame:
     rows = []
     for entry in results["memory"]:
-        found = dict(entry["paths"])
-        slow, name = found.pop("plain", None), f"{entry['part']}: {entry['name']}"
-        for path, values in found.items():
-            both = slow is not None and slow["peak"] and values["peak"]
-            share = f"{values['peak'] / slow['peak']:.2f}" if both else ""
-            rows.append(
-                (name, path, _gib(slow, entry), _gib(values, entry), share, _gib(values, entry, "process_peak"))
-            )
-    columns = ("", "path", "plain (GiB)", "fast (GiB)", "fast/plain", "fast, whole process (GiB)")
-    return Table("Peak memory beyond weights, a fresh process each", columns, rows)
+        first = next(iter(entry["paths"].values()))["peak"]
+        for path, found in entry["paths"].items():
+            row = {"case": f"{entry['part']}: {entry['name']}", "path": path}
+            row["GiB"] = f"stopped at {entry['limit_gib']:g}" if found["exceeded"] else f"{found['peak'] / GIB:.3f}"
+            row["share"] = f"{found['peak'] / first:.2f}" if found["peak"] and first else ""
+            rows.append({**row, "whole process (GiB)": _text(found["process_peak"] and found["process_peak"] / GIB)})
+    return pd.DataFrame(rows)
 
 
-def decoder(results: Results) -> Table:
-    """Return the decoder alone against CoT length."""
-    rows = [
-        (
-            c["name"],
-            _seconds(median(c, "fast")),
-            f"{1e3 * median(c, 'fast') / c['cot'][0]:.2f}",
-            _reached(c, "fast", results),
-        )
-        for c in _cases(results, "decoder")
-    ]
-    slope = exponent(results)
-    title = "Stage 1, the decoder alone" + (f": time grows as CoT length to the {slope:.2f}" if slope else "")
-    return Table(title, ("", "fast (s)", "ms a CoT token", "of matmul"), rows)
+def _text(value: Any, form: str = "{:.2f}") -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None or np.isnan(value) else form.format(value)
 
 
-def others(results: Results) -> Table:
-    """Return stage 2 and labels."""
-    rows = []
-    for case in [*_cases(results, "stage2"), *_cases(results, "labels")]:
-        for path in case["paths"]:
-            if path == "fast":
-                continue
-            unit = 1e3 * per_item(case, path), 1e3 * per_item(case, "fast")
-            share = _reached(case, "fast", results)
-            rows.append((case["name"], path, *(f"{u:.1f}" for u in unit), f"{ratio(case, path, 'fast'):.2f}×", share))
-    return Table(
-        "Stage 2 (ms a step) and labels (ms an example)",
-        ("", "against", "plain", "fast", "plain/fast", "of matmul"),
-        rows,
-    )
+def _markdown(table: pd.DataFrame) -> str:
+    lines = [list(table.columns), ["---", *["--:"] * (len(table.columns) - 1)], *table.fillna("").to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def decoding(results: Results) -> Table:
-    """Return problems a second at several batch sizes."""
-    rows = []
-    for case in _cases(results, "decode"):
-        for path in case["paths"]:
-            steps = statistics.mean(case["steps"][path])
-            speed = f"{ratio(case, 'plain', path):.1f}×"
-            share = "" if path == "plain" else _reached(case, path, results)
-            rows.append((path, f"{1 / per_item(case, path):.2f}", speed, f"{steps:.1f}", share))
-    columns = ("", "problems/s", "against one at a time", "latents a problem", "of matmul")
-    return Table("Decoding", columns, rows)
+def save_plots(results: Results, folder: Path) -> list[str]:
+    """Write the figures that the results have something for; return their names without ending.
+
+    They are time and memory of stage 1 against CoT length, and problems per second against batch size.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    frame, figures = timed(results), {}
+    with style.context(STYLE):
+        single = frame[(frame.part == "stage1") & (frame.rows == 1)]
+        if len(single):
+            figures["speed_stage1"] = Figure(figsize=(8.4, 3.4), layout="constrained")
+            left, right = figures["speed_stage1"].subplots(1, 2)
+            for (path, rate), found in single.groupby(["path", "rate"]):
+                line = {2: ":", 4: "--"}.get(rate, "-")
+                _line(left, found.cot, found.s, color=COLOURS[path], linestyle=line, label=f"{path}, r={rate}")
+            entries = [m for m in results["memory"] if m["part"] == "stage1"]
+            for path, colour in COLOURS.items():
+                points = [(m["cot"], m["paths"][path]["peak"]) for m in entries if path in m["paths"]]
+                points = [(max(cot), peak / GIB) for cot, peak in points if peak]
+                _line(right, *zip(*points, strict=True) if points else ((), ()), color=colour, label=f"{path}, r=16")
+            _finish(left, "time of forward and backward (s)", "CoT tokens")
+            _finish(right, "peak memory beyond weights (GiB)", "CoT tokens")
+        decoding = frame[frame.part == "decode"]
+        if len(decoding):
+            figures["speed_decoding"] = Figure(figsize=(4.4, 3.2), layout="constrained")
+            axes = figures["speed_decoding"].subplots()
+            fast, alone = decoding[decoding.path != "plain"], decoding[decoding.path == "plain"]["problems/s"].item()
+            batch = fast.path.str.split().str[-1].astype(int)
+            _line(axes, batch, fast["problems/s"], color=COLOURS["fast"], label="fast")
+            _line(axes, batch, [alone] * len(batch), color=COLOURS["plain"], label="plain, one at a time")
+            _finish(axes, "problems per second", "batch size")
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=160)
+    return list(figures)
 
 
-def steps(results: Results) -> Table:
-    """Return the cost of a latent step, and of the quickstart's two ways of thinking."""
-    rows = []
-    for case in [*_cases(results, "step"), *_cases(results, "quickstart")]:
-        explicit, latent = (1e3 * per_item(case, path) for path in ("explicit", "latent"))
-        name = f"{'hidden 64' if case['part'] == 'quickstart' else 'hidden 256'}, {case['name']}"
-        rows.append((name, f"{explicit:.2f}", f"{latent:.2f}", f"{latent / explicit:.2f}"))
-    return Table(
-        "Latent against explicit thinking, the same engine",
-        ("", "explicit (ms a problem)", "latent (ms a problem)", "latent/explicit"),
-        rows,
-    )
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **look: Any) -> None:
+    if len(x):
+        axes.plot(x, y, marker="o", markersize=3.5, **look)
 
 
-def to_rich(table: Table) -> RichTable:
-    """Return a table for the terminal."""
-    rich = RichTable(title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        rich.add_column(column, justify="right" if number else "left")
-    for row in table.rows:
-        rich.add_row(*row)
-    return rich
-
-
-def to_markdown(table: Table) -> str:
-    """Return a table for the documentation."""
-    lines = [f"**{table.title}**", "", _line(table.columns), _line(("---", *["--:"] * (len(table.columns) - 1)))]
-    return "\n".join([*lines, *(_line(row) for row in table.rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cases(results: Results, part: str) -> list[dict[str, Any]]:
-    return [case for case in results["cases"] if case["part"] == part]
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}"
-
-
-def _reached(case: dict[str, Any], path: str, results: Results) -> str:
-    return f"{100 * case['flops'][path] / median(case, path) / results['matmul_rate']:.0f} %"
-
-
-def _gib(values: dict[str, Any] | None, entry: dict[str, Any], key: str = "peak") -> str:
-    if values is None:
-        return "not run"
-    return f"stopped at {entry['limit_gib']:g}" if values["exceeded"] else f"{values[key] / GIB:.2f}"
+def _finish(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set(title=title, xlabel=xlabel)
+    if not axes.get_lines():
+        return
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    measured = sorted({float(x) for line in axes.get_lines() for x in line.get_xdata()})
+    axes.set_xticks(measured[-8:], [f"{x:g}" for x in measured[-8:]])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from latent_sft import __version__
 from latent_sft.config.experiment import Config
-from latent_sft.export import card_thoughts
 from latent_sft.method.types import LatentSpec, ThoughtSpec
 from latent_sft.methods import method_of
 from latent_sft.runs import MANIFEST, read_json
@@ -76,25 +78,31 @@ def model_card(
         facts: what the checkpoint does not say.
         thoughts: of a model that thinks in hidden states; None is one that thinks in superpositions.
     """
-    prompt = prompt_code(spec, _opened(spec, tokenizer))
-    if thoughts is None:
-        what, arguments, settings = _method(spec, facts), LATENT_ARGUMENTS, _latent_settings(spec)
-        limits = _limitations(spec)
-    else:
-        what = card_thoughts.method(thoughts, facts.method, _origin(facts))
-        arguments, settings = card_thoughts.ARGUMENTS, card_thoughts.settings(thoughts)
-        limits = card_thoughts.limitations(spec, thoughts)
-    sections = [
-        _front_matter(facts, thoughts),
-        f"# {facts.name}\n\n{what}",
-        f"## How to run\n\n{_usage(prompt, arguments)}",
-        f"## Training data\n\n{facts.training_data or 'Not recorded with this checkpoint.'}",
-        f"## Settings of the latents\n\n{_settings(spec, settings, thoughts)}",
-        f"## Results\n\n{_results(facts)}",
-        f"## Limitations\n\n{limits}",
-        f"## Citation\n\n{card_thoughts.citation(facts.method)}\n\nWritten by latent_sft {__version__}.",
-    ]
-    return "\n\n".join(sections) + "\n"
+    method = method_of(facts.method) if facts.method else None
+    environment = Environment(
+        loader=PackageLoader("latent_sft.export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    body = environment.get_template("card.md.jinja").render(
+        spec=spec,
+        thoughts=thoughts,
+        facts=facts,
+        method=method,
+        make_inputs=prompt_code(spec, _opened(spec, tokenizer)),
+        transformers=TRANSFORMERS,
+        version=__version__,
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=facts.license,
+        base_model=facts.base_model,
+        tags=["latent-reasoning", *([facts.method] if facts.method else []), "custom_generate"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def prompt_code(spec: LatentSpec, opened: str = "") -> str:
@@ -129,116 +137,6 @@ def _opened(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     delimiter = tokenizer.decode(spec.think_ids).strip()
     return delimiter if delimiter and text.rstrip().endswith(delimiter) else ""
-
-
-def _front_matter(facts: CardFacts, thoughts: ThoughtSpec | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {facts.license}"]
-    if facts.base_model:
-        lines.append(f"base_model: {facts.base_model}")
-    tags = ["latent-reasoning", *([facts.method] if facts.method else []), "custom_generate"]
-    return "\n".join([*lines, "tags:", *(f"  - {tag}" for tag in tags), "---"])
-
-
-def _origin(facts: CardFacts) -> str:
-    if not facts.base_model:
-        return ""
-    return f" from [{facts.base_model}](https://huggingface.co/{facts.base_model})"
-
-
-def _method(spec: LatentSpec, facts: CardFacts) -> str:
-    story = method_of(facts.method).story if facts.method else ""
-    chunk = "one reasoning step" if spec.segmentation == "step" else f"{spec.rate} tokens of written reasoning"
-    return (
-        f"A reasoner {card_thoughts.trained_with(facts.method)}{_origin(facts)}.\n"
-        f"Before it answers it thinks in latent tokens: each is a mix of {spec.top_k} vocabulary entries, stands for "
-        f"{chunk} and is fed back as the next input embedding.\n{story}"
-    )
-
-
-LATENT_ARGUMENTS = (
-    "`min_latents`, `max_latents`, `noise_scale`, `do_sample`, `temperature`, `top_p`, `max_new_tokens`\n"
-)
-
-
-def _usage(make_inputs: str, arguments: str) -> str:
-    return f"""It needs `transformers{TRANSFORMERS}` and `torch`, nothing else. The decoding code is in
-`custom_generate/generate.py`; read it before you trust it with `trust_remote_code=True`. Without that the model is not
-loaded, since it would write plain tokens, which it was not trained for. `folder` is this repository's name or a local
-copy of it.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."
-problem = "..."
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-{make_inputs}
-output = model.generate(**inputs)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))
-```
-
-With the latents:
-
-```python
-output = model.generate(**inputs, return_latents=True)
-for ids, weights in zip(output.latent_ids[0], output.latent_weights[0]):
-    print([(tokenizer.decode([i]), round(w, 3)) for i, w in zip(ids[:3].tolist(), weights[:3].tolist())])
-```
-
-Further arguments: {arguments}(of the answer). Batches work with padding on either side. What else `generate` takes
-applies to the answer: settings of a `GenerationConfig`, logits processors, stopping criteria, `stop_strings`, a
-`streamer`, `num_return_sequences`, `return_dict_in_generate`. `save_pretrained` keeps all of this."""
-
-
-def _latent_settings(spec: LatentSpec) -> list[tuple[str, Any]]:
-    return [
-        ("CoT per latent", "one step" if spec.segmentation == "step" else f"{spec.rate} tokens"),
-        ("vocabulary entries per latent", spec.top_k),
-        ("table of the latents", {"input": "input embeddings", "head": "LM head"}[spec.projection]),
-        ("temperature of the labels", spec.temperature),
-        ("temperature while thinking", spec.decode_temperature),
-        ("noise in training (scale, temperature)", f"{spec.noise_scale}, {spec.noise_temperature}"),
-        ("latents (least, most)", f"{spec.min_latents}, {spec.max_latents}"),
-    ]
-
-
-def _settings(spec: LatentSpec, own: list[tuple[str, Any]], thoughts: ThoughtSpec | None) -> str:
-    think, end_think = (", ".join(map(str, ids)) for ids in (spec.think_ids, spec.end_think_ids))
-    shown = [
-        *own,
-        ("answer tokens (most)", spec.max_answer_tokens),
-        ("token ids that open and close thinking", f"{think} and {end_think}"),
-    ]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in shown)
-    files = "`latent_spec.json`" if thoughts is None else "`thinker.json` and `latent_spec.json`"
-    return f"| setting | value |\n|---|---|\n{rows}\n\nAll of them are in {files}."
-
-
-def _results(facts: CardFacts) -> str:
-    if not facts.results:
-        return "No evaluation was recorded with this checkpoint."
-    rows = []
-    for split, result in facts.results.items():
-        error = result.get("accuracy_se")
-        accuracy = f"{100 * result['accuracy']:.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
-        steps, n = f"{result['reasoning_steps_mean']:.1f}", result["num_examples"]
-        rows.append(f"| {split} | {accuracy} | {n} | {steps} | {result['grader']} | {result['decoding']} |")
-    head = (
-        "| split | accuracy ± s.e. | problems | latent steps (mean) | grader | decoding |\n|---|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(rows) + "\n\nThe validation split was used to choose the checkpoint."
-
-
-def _limitations(spec: LatentSpec) -> str:
-    return (
-        "- The latents are not an explanation: their top tokens are a view of what is fed back, no written argument.\n"
-        "- Trained on problems like those named above; nothing is claimed about others.\n"
-        f"- Thinking ends after {spec.max_latents} latents and answers after {spec.max_answer_tokens} tokens.\n"
-        "- Beam search, assisted generation and other servers than `transformers` are not supported by the enclosed "
-        "code."
-    )
 
 
 def _measured(folder: Path, trained: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

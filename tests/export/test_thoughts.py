@@ -212,7 +212,7 @@ def test_a_stage_is_exported_with_its_facts(stage: str, says: str, thinking: dic
     (tmp_path / "eval" / stage / "test.json").write_text(json.dumps({"summary": summary, "problems": []}))
     out = export_run(config, stage, tmp_path / "export")
     card = (out / "README.md").read_text()
-    assert says in card and f"  - {stage}\n" in card
+    assert says in card and f"\n- {stage}\n" in card
     assert "| test | 50.0 % | 10 | 4.0 | numeric | sampled, temperature 0.6, top-p 0.95 |" in card
     assert "superposition" not in card and "min_latents" not in card
     with pytest.raises(ArtefactError, match="not finished yet"):
