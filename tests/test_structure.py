@@ -31,7 +31,7 @@ LAYERS = {
     "data": 3,
     "models": 4,
     "inference": 5,
-    "inference.show": 6,
+    "inference.show": 7,  # solves with any checkpoint, whatever its method
     "methods": 6,
     "config.experiment": 7,  # the sections of all methods
     "config.load": 8,
@@ -116,10 +116,9 @@ def test_only_the_loader_knows_omegaconf() -> None:
 
 
 def test_only_the_command_line_prints() -> None:
-    allowed = {PACKAGE / "cli.py", PACKAGE / "inference/show.py"}
     wrong = [
         f"{path}:{call.lineno}"
-        for path in set(FILES) - allowed
+        for path in set(FILES) - {PACKAGE / "cli.py"}
         for call in calls(path)
         if isinstance(call.func, ast.Name) and call.func.id == "print"
     ]

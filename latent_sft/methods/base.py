@@ -171,9 +171,9 @@ class Stage:
 
 
 def load_saved(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any, device: torch.device) -> Thinker:
-    """Load the model of a `final` folder, with how `thinker.json` says it thinks."""
+    """Load the model of a `final` or exported folder; it thinks as `thinker.json` says, else in latent tokens."""
     lm = load_lm(folder, model).to(device)
-    how = read_json(folder / "thinker.json")
+    how = read_json(folder / "thinker.json") if (folder / "thinker.json").exists() else {"thinker": "latent"}
     if "thoughts" not in how:
         return Thinker(how["thinker"], lm)
     shape = ThoughtSpec(**how["thoughts"])
