@@ -112,11 +112,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
-    evaluation.add_argument(
-        "--model",
-        action="append",
-        help="a model of the experiment; repeatable; all",
-    )
+    evaluation.add_argument("--model", action="append", help="a model of the experiment; repeatable; all")
     evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
     experiment(verb("report", _report, "tables and plots of what was trained and measured"))
     generate = verb("generate", _generate, "solve one problem and show the latents")
@@ -255,6 +251,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if args.picture and args.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture: got {args.picture}, expected a file that ends in .png, .svg or .pdf.")
     from latent_sft.inference.show import as_table, load
 
     given = {name: getattr(args, name) for name in ("min_latents", "max_latents", "noise_scale", "top")}
@@ -264,7 +262,10 @@ def _generate(args: argparse.Namespace) -> None:
     if args.picture:
         from latent_sft.evaluation.plots import thought_row
 
-        thought_row(solution).savefig(args.picture)
+        figure = thought_row(solution)
+        if figure is None:
+            raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
+        figure.savefig(args.picture, dpi=160)
 
 
 def _export(args: argparse.Namespace) -> None:
