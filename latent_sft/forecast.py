@@ -73,7 +73,8 @@ def forecast(
     lines = [
         "",
         f"# {_count(gpus, 'GPU')} of {gpu_memory:g} GiB; {backbone.size / 1e6:,.1f} M parameters in "
-        f"{config.model.dtype}{adapters}; {examples.count:,} rows. GiB per GPU; * fits {USABLE:.0%} (docs/plan.md)",
+        f"{config.model.dtype}{adapters}; {examples.count:,} rows. GiB per GPU; * fits {USABLE:.0%} "
+        "(docs/internals/plan.md)",
     ]
     fitting = list(_levels(config))
     for stage in stages:

@@ -1,8 +1,8 @@
 """Memory of a training step on one GPU, from sizes alone: model states, activations, logits. Bytes everywhere.
 
-Model states under ZeRO 2 and 3 are DeepSpeed's own estimates, the rest is written out here; docs/plan.md has every
-formula with its reason, tests/test_memory.py compares with what live objects hold. Left out: the CUDA context (about a
-gigabyte), fragmentation, and validation, which decodes with a cache but without gradients.
+Model states under ZeRO 2 and 3 are DeepSpeed's own estimates, the rest is written out here; docs/internals/plan.md has
+every formula with its reason, tests/test_memory.py compares with what live objects hold. Left out: the CUDA context
+(about a gigabyte), fragmentation, and validation, which decodes with a cache but without gradients.
 """
 
 from __future__ import annotations

@@ -501,7 +501,7 @@ METHOD = Method(
             stages=("stage2",),
         ),
     ),
-    published={  # DJC-GO-SOLO/Latent-SFT at f361814, the code behind arXiv 2510.15522 v2; docs/method.md has the list
+    published={  # DJC-GO-SOLO/Latent-SFT at f361814, the code of arXiv 2510.15522 v2; see docs/internals/method.md
         "latent": {
             "marker_positions": "stretched",  # default position ids over text and markers
             "marker_input": "learned",
