@@ -39,9 +39,10 @@ smoke: setup ## every stage for two steps, in a fresh runs/smoke
 	rm -rf runs/smoke
 	$(BIN)/latent-sft run configs/quickstart.yaml $(SMOKE) $(ARGS)
 
-check: setup ## lint and formatting, changes nothing
+check: setup ## lint, formatting and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck launch/* .ci/run
 
 format: setup ## fix what ruff can fix

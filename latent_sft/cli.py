@@ -112,11 +112,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
     evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
-    evaluation.add_argument(
-        "--model",
-        action="append",
-        help="a model of the experiment; repeatable; all",
-    )
+    evaluation.add_argument("--model", action="append", help="a model of the experiment; repeatable; all")
     evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
     experiment(verb("report", _report, "tables and plots of what was trained and measured"))
     generate = verb("generate", _generate, "solve one problem and show the latents")
@@ -126,6 +122,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--min-latents", type=int, metavar="N", help="do not stop thinking before; as trained")
     generate.add_argument("--max-latents", type=int, metavar="N", help="end thinking after; as trained")
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
+    generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
     export = experiment(
         verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")
@@ -254,18 +251,21 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from latent_sft.inference.show import generate_one
+    if args.picture and args.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--picture: got {args.picture}, expected a file that ends in .png, .svg or .pdf.")
+    from latent_sft.inference.show import as_table, load
 
-    shown = generate_one(
-        args.checkpoint,
-        args.problem,
-        as_json=args.json,
-        min_latents=args.min_latents,
-        max_latents=args.max_latents,
-        noise_scale=args.noise_scale,
-        top=args.top,
-    )
-    print(shown)
+    given = {name: getattr(args, name) for name in ("min_latents", "max_latents", "noise_scale", "top")}
+    options = {name: value for name, value in given.items() if value is not None}
+    solution = load(args.checkpoint).generate(args.problem, **options)
+    print(solution.to_json() if args.json else as_table(solution))
+    if args.picture:
+        from latent_sft.evaluation.plots import thought_row
+
+        figure = thought_row(solution)
+        if figure is None:
+            raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
+        figure.savefig(args.picture, dpi=160)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -112,7 +112,8 @@ def forecast(
     lines = [
         "",
         f"# {_count(gpus, 'GPU')} of {gpu_memory:g} GiB; {backbone.size / 1e6:,.1f} M parameters in "
-        f"{config.model.dtype}{adapters}; {examples.count:,} rows. GiB per GPU; * fits {USABLE:.0%} (docs/plan.md)",
+        f"{config.model.dtype}{adapters}; {examples.count:,} rows. GiB per GPU; * fits {USABLE:.0%} "
+        "(docs/internals/plan.md)",
     ]
     # ZeRO takes no float16
     fitting = list(LEVELS[:1] if any(config.precision(stage) == "fp16" for stage in STAGES) else LEVELS)

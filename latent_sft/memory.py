@@ -1,6 +1,7 @@
 """Memory of a training step on one GPU, from sizes alone: model states, activations, logits. Bytes everywhere.
 
-docs/plan.md gives every formula with its reason; tests/test_memory.py compares them with what live objects hold.
+docs/internals/plan.md gives every formula with its reason; tests/test_memory.py compares
+them with what live objects hold.
 """
 
 from __future__ import annotations

@@ -41,10 +41,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
             setattr(fake, name, call)
         monkeypatch.setitem(sys.modules, module, fake)
 
+    def generate(problem: str, **options: Any) -> Any:
+        recorded.append(("generate", (problem,), options))
+        return types.SimpleNamespace(to_json=lambda: "{}")
+
     stand_in("latent_sft.pipeline", run_experiment={})
     stand_in("latent_sft.train.run", train_stage=None)
     stand_in("latent_sft.stores", make_labels=None)
-    stand_in("latent_sft.inference.show", generate_one="z1 7 0.9")
+    stand_in("latent_sft.inference.show", load=types.SimpleNamespace(generate=generate), as_table="z1 7 0.9")
     stand_in("latent_sft.evaluation.run", evaluate=None)
     stand_in("latent_sft.evaluation.report", write_report=Path("run/report/index.html"))
     stand_in("latent_sft.export.checkpoint", export_run=Path("run/export"), export_checkpoint=None)
@@ -133,9 +137,10 @@ def test_report(calls: Calls, experiment: str, tmp_path: Path, capsys: pytest.Ca
 def test_generate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     # a problem may begin with a minus sign
     assert cli.main(["generate", "folder", "-3 + 4 = ?", "--json", "--max-latents", "6", "--noise-scale", "0.5"]) == 0
-    ((_, args, options),) = calls
-    assert args == ("folder", "-3 + 4 = ?")
-    assert options == {"as_json": True, "min_latents": None, "max_latents": 6, "noise_scale": 0.5, "top": 5}
+    generate = ("generate", ("-3 + 4 = ?",), {"max_latents": 6, "noise_scale": 0.5, "top": 5})
+    assert calls == [("load", ("folder",), {}), generate]
+    assert capsys.readouterr().out == "{}\n"
+    assert cli.main(["generate", "folder", "3"]) == 0
     assert capsys.readouterr().out == "z1 7 0.9\n"
 
 

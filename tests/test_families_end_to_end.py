@@ -1,6 +1,6 @@
 """Every family, tied and untied, from a Hub-like folder through stage 1, labels and stage 2 to a published folder.
 
-python tests/test_families_end_to_end.py        # writes docs/families.md; a test compares each row with it
+python tests/test_families_end_to_end.py        # writes docs/internals/families.md; a test compares each row with it
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.stores import make_labels
 from latent_sft.workspace import Workspace
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[1] / "docs" / "internals" / "families.md"
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]
 DONE = ("stage 1", "labels", "stage 2", "generate", "export", "reload")
 COLUMNS = ("family", "head", "attention", "LoRA targets", *DONE)

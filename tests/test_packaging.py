@@ -115,7 +115,7 @@ def test_make_help_lists_every_target() -> None:
     assert listed == set(phony.removeprefix(".PHONY:").split())
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_checks_and_tests() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text(encoding="utf-8")
+    assert "make check test" in script.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """The plan is a shell script: right order, right quoting, honest about what is finished; and what a job will need.
 
-python tests/test_plan.py        # writes what the commands of docs/plan.md print into that page
+python tests/test_plan.py        # writes what the commands of docs/internals/plan.md print into that page
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_several_processes_are_announced(config: Config) -> None:
 
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "plan.md"
+PAGE = ROOT / "docs" / "internals" / "plan.md"
 EXAMPLE = re.compile(r"```console\n\$ latent-sft (.*)\n(?s:(.*?))```")
 GPUS = {"gpus": 2, "gpu_memory": 80.0}
 

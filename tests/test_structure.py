@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import pkgutil
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ LAYERS = {
     "data": 3,
     "models": 4,
     "inference": 5,
-    "inference.show": 6,
+    "inference.show": 7,  # solves with any checkpoint, whatever its method
     "methods": 6,
     "config.experiment": 7,  # the sections of all methods
     "config.load": 8,
@@ -50,6 +52,10 @@ LAYERS = {
     "compare": 13,
     "cli": 14,
 }
+# These two may only fall. Raising one needs a decision record in docs/decisions/ that says what the lines buy.
+# Measured: 11,260 lines in 109 files; the rest is room for the modules of two more methods (350 lines together).
+MAX_CODE_LINES = 11_610
+MAX_FILES = 111
 MAX_LINES = 350
 # read by looking up, or one method from settings to words
 LONGER = {"config/schema.py": 520, "methods/latent_sft.py": 520, "methods/self_distill.py": 520}
@@ -116,10 +122,9 @@ def test_only_the_loader_knows_omegaconf() -> None:
 
 
 def test_only_the_command_line_prints() -> None:
-    allowed = {PACKAGE / "cli.py", PACKAGE / "inference/show.py"}
     wrong = [
         f"{path}:{call.lineno}"
-        for path in set(FILES) - allowed
+        for path in set(FILES) - {PACKAGE / "cli.py"}
         for call in calls(path)
         if isinstance(call.func, ast.Name) and call.func.id == "print"
     ]
@@ -143,6 +148,31 @@ def test_files_stay_short() -> None:
     lengths = {str(p.relative_to(PACKAGE)): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
     too_long = {name: length for name, length in lengths.items() if length > LONGER.get(name, MAX_LINES)}
     assert not too_long
+
+
+def code_lines(path: Path) -> int:
+    """Return the number of lines with code: blank lines, comments and docstrings are free."""
+    source = path.read_text(encoding="utf-8")
+    free = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in free:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines.difference_update(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_code_lines_leave_out_what_is_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text('"""Title.\n\nMore.\n"""\n\n# why\nx = (\n    1,  # one\n\n    2,\n)\ntext = """a\nb"""\n')
+    assert code_lines(path) == 6  # four of the tuple, two of the text
+
+
+def test_the_package_stays_within_its_budget() -> None:
+    assert sum(map(code_lines, FILES)) <= MAX_CODE_LINES
+    assert len(FILES) <= MAX_FILES
 
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "latent_sft.")])

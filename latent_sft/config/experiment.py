@@ -8,6 +8,7 @@ from typing import Any
 
 from latent_sft.config.schema import CommonConfig
 from latent_sft.config.training import TrainConfig, need
+from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.methods import METHODS, STAGES, method_of
 
 
@@ -38,7 +39,13 @@ class _Experiment(CommonConfig):
             need(self.stage(source).enabled, f"{section}.init", source, needed)
 
     def stage(self, name: str) -> TrainConfig:
-        """Return the training settings of a stage by its command-line name."""
+        """Return the training settings of a stage by its command-line name.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        if name not in STAGES:
+            raise ConfigError(f"unknown stage {name!r}.{did_you_mean(name, STAGES)}")
         return attrgetter(STAGES[name].section)(self)
 
     def precision(self, stage: str) -> str:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.presets import resolve_config
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.methods import METHODS
 
@@ -19,7 +20,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Return the experiment's configuration.
 
     Args:
-        path: YAML file; None takes the defaults.
+        path: YAML file, or the name of a preset such as quickstart; None takes the defaults.
         overrides: `key.sub=value` strings, the strongest.
 
     Raises:
@@ -27,7 +28,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     layers: list[tuple[str, Any]] = []
     if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+        layers.append((str(path), _read_yaml(resolve_config(str(path)))))
     for text in overrides:
         key, sep, value = text.partition("=")
         if not sep or not key:
@@ -77,14 +78,6 @@ def dotted_keys() -> list[str]:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = (
-            did_you_mean(path.name, near)
-            if near
-            else " Give the path of a YAML file, for example configs/quickstart.yaml."
-        )
-        raise ConfigError(f"{path}: no such configuration file.{hint}")
     try:
         layer = OmegaConf.load(path)
     except Exception as error:  # yaml raises its own family of errors; all mean the same to the user

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from latent_sft.evaluation.results import Row, role_of
+from latent_sft.inference.show import Solution
 from latent_sft.methods import MODELS
 
 _SPARE = ("#4f5b93", "#93274a", "#7f9c2e", "#c76aa0", "#2f7f8f", "#a8843c")
@@ -30,7 +34,7 @@ AGAINST = {
     PASSES: ("forward passes per problem, prompt included", True),
     SECONDS: ("seconds per problem", True),
 }
-_INK = "#24292f"
+_INK, _LATENT = "#24292f", "#2f6fb0"
 _STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
 # what a training curve is drawn in, by a word in its tag
 _PANELS = {"loss": "loss", "accuracy": "accuracy", "entropy": "latent entropy (nats)", "end": "share of </think>"}
@@ -174,6 +178,43 @@ def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure
         axes.set_xlabel("step")
         if len(found) > 1:
             axes.legend(fontsize=7)
+    return figure
+
+
+@matplotlib.rc_context(fname=_STYLE)
+def thought_row(solution: Solution, top: int = 3, most: int = 16) -> Figure | None:
+    """Draw a solved problem as the row its model reads: prompt, latents with their heaviest tokens, answer.
+
+    Args:
+        solution: one that was thought in latents.
+        top: tokens per latent; the heavier, the darker.
+        most: latents drawn, from the first.
+    """
+    if not solution.latents:
+        return None
+    shown = solution.latents[:most]
+    hidden = len(solution.latents) - len(shown)
+    left, right = 3.0, 1.8
+    width = left + len(shown) + right
+    figure = Figure(figsize=(0.72 * width, 0.32 * (top + 1)))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(top, -1))
+    axes.set_axis_off()
+
+    def cell(x: float, y: float, wide: float, high: float, text: str, strength: float, **look: Any) -> None:
+        axes.add_patch(Rectangle((x + 0.04, y + 0.04), wide - 0.08, high - 0.08, color=_LATENT, alpha=strength, lw=0))
+        look = {"ha": "center", "va": "center", "parse_math": False, **look}
+        axes.text(x + wide / 2, y + high / 2, text, **look)
+
+    cell(0, -1, left, 1, "prompt", 0.0, weight="bold")
+    cell(0, 0, left, top, textwrap.fill(solution.problem, 26, max_lines=top + 1, placeholder=" …"), 0.08, fontsize=8)
+    for x, latent in enumerate(shown, 1):
+        cell(left + x - 1, -1, 1, 1, f"z{x}" + (f" +{hidden}" if hidden and x == most else ""), 0.0, weight="bold")
+        for y, (text, weight) in enumerate(latent.tokens[:top]):
+            colour = "white" if weight > 0.6 else _INK
+            cell(left + x - 1, y, 1, 1, textwrap.shorten(text, 9) or repr(text), 0.06 + 0.9 * weight, color=colour)
+    cell(width - right, -1, right, 1, "answer", 0.0, weight="bold")
+    answer = textwrap.fill(solution.answer, 16, max_lines=top + 1, placeholder=" …")
+    cell(width - right, 0, right, top, answer, 0.08, fontsize=11 if len(answer) < 8 else 8)
     return figure
 
 

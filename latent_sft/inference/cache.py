@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from latent_sft.errors import ConfigError
@@ -140,7 +140,7 @@ class Windows:
         mixed: some layers have one and others have none.
     """
 
-    def __init__(self, lm: nn.Module, longest: int) -> None:
+    def __init__(self, lm: Any, longest: int) -> None:
         config = lm.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         other = kinds - {"full_attention", "sliding_attention"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +101,8 @@ def generate(
     """
     if thinker not in THINKERS:
         raise ValueError(f"thinker must be one of {', '.join(THINKERS)}, not {thinker!r}")
-    for needed, given in {"continuous": thoughts, "soft": soft}.items():
-        if thinker == needed and given is None and latents is None:
+    for needed, there in {"continuous": thoughts, "soft": soft}.items():
+        if thinker == needed and there is None and latents is None:
             raise ValueError(f"thinker {thinker!r} needs its settings: generate(..., thoughts=...) or soft=...")
     if not prompts:
         return []
@@ -120,7 +121,7 @@ def generate(
         soft=soft if thinks == "soft" else None,
         write=write,
     )
-    given = latents
+    given: Sequence[Any] | None = latents
     if job.parallel is not None:
         assert thoughts is not None
         given = [placeholders(thoughts, 1)[0]] * len(prompts)

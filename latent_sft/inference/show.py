@@ -1,4 +1,4 @@
-"""Solve one problem with a trained checkpoint and show what its latents say."""
+"""Solve problems with a trained checkpoint and show what its latents say."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack, overload
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedTokenizerBase
 
 from latent_sft.config.schema import ModelConfig
 from latent_sft.data.prompts import render_prompt
-from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.inference.generate import Decoded, Sampling, generate
+from latent_sft.errors import ArtefactError, ConfigError, did_you_mean
+from latent_sft.inference.generate import Decoded, Sampling
+from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.superposition import entropy
-from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition, ThoughtSpec
-from latent_sft.models.backbone import input_table
-from latent_sft.models.load import load_config, load_lm, load_tokenizer
-from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
+from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition
+from latent_sft.methods.base import load_saved
+from latent_sft.models.load import load_config, load_tokenizer
+from latent_sft.models.thoughts import THOUGHTS_FILE
 from latent_sft.runs import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,8 +42,8 @@ class ShownLatent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
-    """A solved problem for reading.
+class Solution:
+    """A solved problem.
 
     Attributes:
         problem: as asked.
@@ -52,6 +54,7 @@ class Shown:
         num_steps: latents, or tokens of written reasoning.
         forward_passes: model calls, prefill included.
         finished: the answer ended by itself.
+        superposition: the same latents as tensors, ids and weights `[N, k]`; None for the other thinkers.
     """
 
     problem: str
@@ -62,153 +65,202 @@ class Shown:
     num_steps: int
     forward_passes: int
     finished: bool
+    superposition: Superposition | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> str:
+        """Return all but the tensors as one JSON object."""
+        shown = dataclasses.asdict(dataclasses.replace(self, superposition=None))
+        del shown["superposition"]
+        return json.dumps(shown, ensure_ascii=False)
 
 
-def generate_one(
-    checkpoint: str | Path,
-    problem: str,
-    *,
-    max_latents: int | None = None,
-    min_latents: int | None = None,
-    noise_scale: float | None = None,
-    seed: int = 0,
-    top: int = 5,
-    as_json: bool = False,
-) -> str:
-    """Return one solved problem as a table for the terminal, or as JSON.
+class Options(TypedDict, total=False):
+    """How problems are solved.
 
-    Args:
-        checkpoint: folder of a finished stage, exported folder, or Hub name of an exported one.
-        problem: its text; the prompt around it is that of training.
+    Attributes:
         max_latents: thinking ends after; as trained by default.
         min_latents: thinking does not stop before; as trained by default.
-        noise_scale: multiplier of Gumbel noise on the latents; no noise by default.
-        seed: of that noise.
-        top: vocabulary entries shown per latent.
-        as_json: return one JSON object, see `Shown`.
+        noise_scale: multiplier of Gumbel noise on the latents; none by default.
+        seed: of that noise; 0 by default.
+        top: vocabulary entries shown per latent; 5 by default.
+        batch_size: problems decoded together; 64 by default.
+        max_cot_tokens: written reasoning ends after; 512 by default.
+    """
+
+    max_latents: int
+    min_latents: int
+    noise_scale: float
+    seed: int
+    top: int
+    batch_size: int
+    max_cot_tokens: int
+
+
+_OF_SPEC = ("max_latents", "min_latents", "noise_scale")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reasoner:
+    """A trained checkpoint, ready to solve problems; made by `load`.
+
+    Attributes:
+        checkpoint: where it came from.
+        spec: settings it was trained with.
+        thinker: the model (`thinker.lm`) and how it thinks.
+        tokenizer: its tokenizer.
+    """
+
+    checkpoint: str
+    spec: LatentSpec
+    thinker: Thinker
+    tokenizer: PreTrainedTokenizerBase
+
+    @overload
+    def generate(self, problems: str, **options: Unpack[Options]) -> Solution: ...
+
+    @overload
+    def generate(self, problems: list[str], **options: Unpack[Options]) -> list[Solution]: ...
+
+    def generate(self, problems: str | list[str], **options: Unpack[Options]) -> Solution | list[Solution]:
+        """Solve one problem, or a list of them; greedy but for noise on the latents.
+
+        Args:
+            problems: text of one problem, or of several; the prompt around it is that of training.
+            options: see Options.
+
+        Returns:
+            One solution for a text, a list in the order of the problems for a list.
+
+        Raises:
+            ConfigError: an option is out of range, or means nothing for this checkpoint.
+        """
+        for name in options.keys() - Options.__annotations__.keys():
+            raise ConfigError(f"generate: unknown option {name!r}.{did_you_mean(name, Options.__annotations__)}")
+        asked = [problems] if isinstance(problems, str) else problems
+        if not isinstance(asked, list) or not all(isinstance(problem, str) for problem in asked):
+            raise ConfigError(f"generate: got {problems!r}, expected the text of a problem, or a list of texts.")
+        changes = {name: options[name] for name in _OF_SPEC if name in options}  # type: ignore[literal-required]
+        if changes and self.thinker.thoughts is not None:
+            raise ConfigError(
+                f"{self.checkpoint}: always thinks in {self.thinker.thoughts.spec.num_latents} latents, and without "
+                f"noise; {', '.join(sorted(changes))} cannot be set."
+            )
+        spec = dataclasses.replace(self.spec, **changes)
+        decoded = solve(
+            self.thinker,
+            spec,
+            [{"prompt": render_prompt(self.tokenizer, spec, problem)} for problem in asked],
+            batch_size=options.get("batch_size", 64),
+            max_cot_tokens=options.get("max_cot_tokens", 512),
+            sampling=Sampling(latent_noise=True, seed=options.get("seed", 0)) if options.get("noise_scale") else None,
+        )
+        pairs = zip(asked, decoded, strict=True)
+        solved = [_solution(*pair, self.thinker.kind, self.tokenizer, options.get("top", 5)) for pair in pairs]
+        return solved[0] if isinstance(problems, str) else solved
+
+
+def load(checkpoint: str | Path) -> Reasoner:
+    """Load a checkpoint, on the GPU where there is one.
+
+    Args:
+        checkpoint: folder of a finished stage (`runs/NAME/STAGE/final`), exported folder, or Hub name of one.
 
     Raises:
-        ArtefactError: not a checkpoint of this package.
-        ConfigError: it cannot be loaded, or a setting is out of range.
+        ArtefactError: not a checkpoint of this package, or damaged.
+        ConfigError: its tokenizer or its weights cannot be loaded.
     """
-    changes = {"max_latents": max_latents, "min_latents": min_latents, "noise_scale": noise_scale}
-    shown = solve_one(checkpoint, problem, seed=seed, top=top, **{k: v for k, v in changes.items() if v is not None})
-    return json.dumps(dataclasses.asdict(shown), ensure_ascii=False) if as_json else as_table(shown)
+    folder = _folder(checkpoint)
+    spec = read_spec(folder)
+    config = ModelConfig(dtype=_dtype(folder))  # type: ignore[arg-type]  # one of DTYPES
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(folder, config)
+    try:
+        thinker = load_saved(folder, config, spec, None, device)
+    except FileNotFoundError as error:
+        raise ArtefactError(
+            f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
+        ) from error
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        path = folder / THOUGHTS_FILE
+        raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
+    return Reasoner(checkpoint=str(checkpoint), spec=spec, thinker=thinker, tokenizer=tokenizer)
 
 
-def solve_one(checkpoint: str | Path, problem: str, *, seed: int = 0, top: int = 5, **changes: float) -> Shown:
-    """Load a checkpoint and solve one problem; `changes` replace fields of its LatentSpec. See `generate_one`."""
-    spec = dataclasses.replace(read_spec(checkpoint), **changes)  # type: ignore[arg-type]
-    thinker_file = _find(checkpoint, "thinker.json")
-    how = read_json(thinker_file) if thinker_file else {"thinker": "latent"}
-    thinker = how["thinker"]
-    if thinker == "continuous" and changes:
-        raise ConfigError(
-            f"{checkpoint}: always thinks in {how['thoughts']['num_latents']} latents, and without noise; "
-            f"{', '.join(sorted(changes))} cannot be set."
-        )
-    config = ModelConfig(dtype=_dtype(checkpoint))  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(checkpoint, config)
-    model = load_lm(checkpoint, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    noisy = bool(changes.get("noise_scale"))
-    decoded = generate(
-        model,
-        spec,
-        [render_prompt(tokenizer, spec, problem)],
-        thinker=thinker if thinker in ("latent", "continuous") else "explicit",
-        thoughts=_thoughts(checkpoint, ThoughtSpec(**how["thoughts"]), model) if thinker == "continuous" else None,
-        max_cot_tokens=0 if thinker == "none" else 512,
-        sampling=Sampling(latent_noise=True, seed=seed) if noisy else None,
-    )[0]
-    return _shown(problem, thinker, decoded, tokenizer, top)
-
-
-def read_spec(checkpoint: str | Path) -> LatentSpec:
-    """Return the spec beside a checkpoint.
+def read_spec(folder: str | Path) -> LatentSpec:
+    """Return the spec in the folder of a checkpoint.
 
     Raises:
         ArtefactError: there is none.
     """
-    path = _find(checkpoint, SPEC_FILE)
-    if path is None:
-        if not Path(checkpoint).is_dir():
-            raise ArtefactError(
-                f"{checkpoint}: no such folder, and no checkpoint of latent_sft could be fetched from the Hub by that "
-                "name (check the spelling, the network and HF_HUB_OFFLINE)."
-            )
-        final = Path(checkpoint) / "final"
+    path = Path(folder) / SPEC_FILE
+    if not path.exists():
+        final = Path(folder) / "final"
         hint = f"Did you mean {final}?" if final.is_dir() else "Expected an exported folder or runs/NAME/STAGE/final."
-        raise ArtefactError(f"{checkpoint}: not a checkpoint of latent_sft, there is no {SPEC_FILE}. {hint}")
+        raise ArtefactError(f"{folder}: not a checkpoint of latent_sft, there is no {SPEC_FILE}. {hint}")
     return LatentSpec.from_dict(read_json(path))
 
 
-def as_table(shown: Shown) -> str:
+def as_table(solution: Solution) -> str:
     """Return the latents as a table and the answer below it."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
     with console.capture() as capture:
-        if shown.thinker in ("latent", "continuous"):
+        if solution.thinker in ("latent", "continuous"):
             titles = {"latent": "latent tokens", "continuous": "latents, as the LM head reads them"}
-            table = Table(title=f"{titles[shown.thinker]}: {shown.num_steps}")
+            table = Table(title=f"{titles[solution.thinker]}: {solution.num_steps}")
             for column in ("#", "entropy", "vocabulary entries (weight)"):
                 table.add_column(column, justify="left" if column.startswith("v") else "right")
-            for number, latent in enumerate(shown.latents, 1):
+            for number, latent in enumerate(solution.latents, 1):
                 tokens = "  ".join(f"{text!r} {weight:.2f}" for text, weight in latent.tokens)
                 table.add_row(str(number), f"{latent.entropy:.2f}", tokens)
             console.print(table)
-        elif shown.thinker == "explicit":
-            console.print(f"reasoning ({shown.num_steps} tokens): {shown.thought}", soft_wrap=True)
-        console.print(f"answer: {shown.answer}{'' if shown.finished else ' … (cut)'}", soft_wrap=True)
+        elif solution.thinker == "explicit":
+            console.print(f"reasoning ({solution.num_steps} tokens): {solution.thought}", soft_wrap=True)
+        console.print(f"answer: {solution.answer}{'' if solution.finished else ' … (cut)'}", soft_wrap=True)
     return capture.get().rstrip("\n")
 
 
-def _shown(problem: str, thinker: str, decoded: Decoded, tokenizer: PreTrainedTokenizerBase, top: int) -> Shown:
-    latents = []
+def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTrainedTokenizerBase, top: int) -> Solution:
+    latents, every = [], None
     if decoded.latent_ids is not None and decoded.latent_weights is not None:
         every = Superposition(decoded.latent_ids, decoded.latent_weights)
         for ids, weights, nats in zip(*every, entropy(every).tolist(), strict=True):
             heaviest = weights.argsort(descending=True)[:top]  # noise changes the weights and not the order of the ids
             pairs = zip(ids[heaviest].tolist(), weights[heaviest].tolist(), strict=True)
-            tokens = [(tokenizer.decode([token]), round(weight, 4)) for token, weight in pairs]
+            tokens = [(str(tokenizer.decode([token])), round(weight, 4)) for token, weight in pairs]
             latents.append(ShownLatent(entropy=round(nats, 4), tokens=tokens))
-    return Shown(
+    return Solution(
         problem=problem,
         thinker=thinker,
         latents=latents,
-        thought=tokenizer.decode(decoded.thought_ids) if thinker == "explicit" else "",
-        answer=tokenizer.decode(decoded.answer_ids).strip(),
+        thought=str(tokenizer.decode(decoded.thought_ids)) if thinker == "explicit" else "",
+        answer=str(tokenizer.decode(decoded.answer_ids)).strip(),
         num_steps=decoded.num_steps,
         forward_passes=decoded.forward_passes,
         finished=decoded.finished,
+        superposition=every,
     )
 
 
-def _thoughts(checkpoint: str | Path, spec: ThoughtSpec, model: PreTrainedModel) -> Thoughts:
-    path = _find(checkpoint, THOUGHTS_FILE)
-    if path is None:
+def _folder(checkpoint: str | Path) -> Path:
+    """Return the local folder of a checkpoint, fetched from the Hub where there is none."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    try:
+        return Path(snapshot_download(str(checkpoint)))
+    except (OSError, ValueError) as error:
         raise ArtefactError(
-            f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
-        )
-    try:
-        return load_thoughts(Path(path), spec, input_table(model).device)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
+            f"{checkpoint}: no such folder, and no checkpoint of latent_sft could be fetched from the Hub by that "
+            "name (check the spelling, the network and HF_HUB_OFFLINE)."
+        ) from error
 
 
-def _find(checkpoint: str | Path, name: str) -> str | None:
-    """Return the path of a file beside a local or Hub checkpoint, or None."""
-    try:
-        return cached_file(checkpoint, name)
-    except OSError:
-        return None
-
-
-def _dtype(checkpoint: str | Path) -> str:
+def _dtype(folder: Path) -> str:
     """Return the dtype the weights were saved in, float32 where that is not said."""
     try:
-        found = str(load_config(checkpoint).dtype).removeprefix("torch.")
+        found = str(load_config(folder).dtype).removeprefix("torch.")
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{checkpoint}: config.json cannot be read ({str(error).splitlines()[0]}).") from error
+        raise ArtefactError(f"{folder}: config.json cannot be read ({str(error).splitlines()[0]}).") from error
     return found if found in DTYPES else "float32"

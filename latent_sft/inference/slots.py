@@ -207,9 +207,10 @@ class Slots:
         column, job = self.cache.column, self.job
         self.visible[:, column] = 0
         columns = self.cache.capacity if job.static else column + 1
-        mask = self.visible[:, None, None, :columns]
+        visible = self.visible[:, None, None, :columns]
+        mask: Tensor | dict[str, Tensor] = visible
         if self.windows.size:
-            mask = self.windows.masks(mask, column - torch.arange(columns, device=self.device)[None])
+            mask = self.windows.masks(visible, column - torch.arange(columns, device=self.device)[None])
         if job.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         moved = self.advance(

@@ -11,7 +11,7 @@ groups that hang off one main-track token, their anchor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,9 +100,10 @@ def tracked_attention(
         `[B, H, T, d_v]`.
     """
     main = tracks.main_length(query.shape[2])
-    options = {"scale": scale, "dropout": dropout, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "softcap": softcap}
     # copied, so that autograd does not keep the side tokens' states alive twice, in the whole and in their blocks
-    parts = [_attend(*(x[:, :, :main].contiguous() for x in (query, key, value)), None, **options)]
+    own_states = (query[:, :, :main].contiguous(), key[:, :, :main].contiguous(), value[:, :, :main].contiguous())
+    parts = [_attend(*own_states, None, **options)]
     if tracks.markers is None:
         if tracks.anchor.numel():
             parts.append(_branches(query, key, value, tracks.anchor, main, options))

@@ -42,7 +42,7 @@ class Kept(NamedTuple):
         mask: `[B, H, M]` whether the slot is filled; a trace shorter than M fills the first slots only.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     mask: Tensor
 
 

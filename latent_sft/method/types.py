@@ -142,7 +142,8 @@ class LatentSpec:
         unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{SPEC_FILE}: unknown fields {sorted(unknown)}; made by a newer latent_sft version?")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when any value changes."""

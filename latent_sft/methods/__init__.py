@@ -23,4 +23,4 @@ MODELS: dict[str, Model] = {model.name: model for method in METHODS for model in
 
 def method_of(name: str) -> Method:
     """Return the method of a stage or model."""
-    return next(m for m in METHODS if any(x.name == name for x in (*m.stages, *m.models)))
+    return next(m for m in METHODS if name in {s.name for s in m.stages} | {x.name for x in m.models})

@@ -43,7 +43,7 @@ class Setup:
         model: how language models are loaded that are not trained, and how they are adapted.
         trained_model: how those are loaded that are trained.
         spec: the LatentSpec.
-        tokenizer: of the base model; None while a job is only planned.
+        tokenizer: of the base model; None while a job is only planned, and then nothing is saved.
         start: folder or Hub name of what the stage starts from: the `final` of stage `source`, what `start_from`
             names, or the base model.
         source: name of that stage, or empty.
@@ -58,7 +58,7 @@ class Setup:
     model: ModelConfig
     trained_model: ModelConfig
     spec: LatentSpec
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase
     start: str | Path
     source: str
     base: str | Path
@@ -175,9 +175,12 @@ class Stage:
 
 
 def load_saved(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any, device: torch.device) -> Thinker:
-    """Load the model of a `final` folder, with how `thinker.json` says it thinks."""
-    lm = load_lm(folder, model).to(device)
-    how = read_json(folder / "thinker.json")
+    """Load the model of a `final` or exported folder; it thinks as `thinker.json` says, else in latent tokens."""
+    lm = load_lm(folder, model)
+    lm.to(device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses its types
+    how: dict[str, Any] = (
+        read_json(folder / "thinker.json") if (folder / "thinker.json").exists() else {"thinker": "latent"}
+    )
     if "thoughts" not in how:
         return Thinker(how["thinker"], lm)
     shape = ThoughtSpec(**how["thoughts"])

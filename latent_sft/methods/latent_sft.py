@@ -135,7 +135,9 @@ def stage2_batch(
     batch = {**filled, **targets_of(laid, place), "counts": counts_of(laid, normalisation, len(rows))}
     latent_ids, latent_weights = stacked(labels, spec.top_k)
     length, width = batch["ids"].shape[1], latent_ids.shape[1]
-    kl_index, kl_latent, kl_weights = [], [], []
+    kl_index: list[int] = []
+    kl_latent: list[int] = []
+    kl_weights: list[float] = []
     for b, (row, label) in enumerate(zip(rows, labels, strict=True)):
         n = len(label.ids)
         first = b * length + len(row["prompt"]) - 1
@@ -500,7 +502,7 @@ METHOD = Method(
             stages=("stage2",),
         ),
     ),
-    published={  # DJC-GO-SOLO/Latent-SFT at f361814, the code behind arXiv 2510.15522 v2; docs/method.md has the list
+    published={  # DJC-GO-SOLO/Latent-SFT at f361814, the code of arXiv 2510.15522 v2; see docs/internals/method.md
         "latent": {
             "marker_positions": "stretched",  # default position ids over text and markers
             "marker_input": "learned",

@@ -266,7 +266,7 @@ class SelfDistillModel(nn.Module):
         width = batch["teacher_ids"].shape[1] - 1 - (0 if kv.span == "delimiter" else end)
         trace = torch.arange(width, device=length.device) < length[:, None]
         ours = [torch.cat(keys, dim=2) for keys in zip(*(piece.keys for piece in thought.pieces), strict=True)]
-        options = {"loss": kv.loss, "std": kv.layer_std, "short": kv.short, "reduction": kv.reduction}
+        options: dict[str, Any] = {"loss": kv.loss, "std": kv.layer_std, "short": kv.short, "reduction": kv.reduction}
         each, alike, slots = [], [], []
         for layer, key in enumerate(teacher.piece.keys):
             key, value = key[:, :, :width].detach(), teacher.piece.values[layer][:, :, :width].detach()

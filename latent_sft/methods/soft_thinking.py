@@ -52,7 +52,9 @@ class SoftThinkingConfig:
 
 def _load(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any, device: torch.device) -> Thinker:
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k != "enabled"}
-    return Thinker("soft", load_lm(folder, model).to(device), soft=Soft(**values))
+    lm = load_lm(folder, model)
+    lm.to(device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses its types
+    return Thinker("soft", lm, soft=Soft(**values))
 
 
 def _check(settings: SoftThinkingConfig, model: ModelConfig, stages: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ Plan = Callable[[int, Tensor, Tensor, Tensor, float | None, float, float | None]
 
 
 def _forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

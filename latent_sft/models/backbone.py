@@ -15,8 +15,9 @@ from latent_sft.method.superposition import combine, mix
 from latent_sft.method.types import Superposition
 
 
-def core(model: nn.Module) -> nn.Module:
+def core(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper (adapters stay active), or the model itself."""
+    # of no type: transformers finds tables and decoders by name, so that a checker would take them for tensors
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -25,7 +26,7 @@ def embed(model: nn.Module, ids: Tensor) -> Tensor:
     return core(model).get_input_embeddings()(ids)
 
 
-def input_table(model: nn.Module) -> Tensor:
+def input_table(model: nn.Module) -> nn.Parameter:
     """Return the raw input embedding table `[V, D]`."""
     return core(model).get_input_embeddings().weight
 
@@ -72,8 +73,8 @@ def check_window(
     """Refuse structured attention over positions further apart than the model's sliding window: it would run wrong."""
     window = getattr(lm.config, "sliding_window", None)
     layers = getattr(lm.config, "layer_types", None)
-    slides = window is not None and (layers is None or "sliding_attention" in layers)
-    if slides and length > window:
+    slides = layers is None or "sliding_attention" in layers
+    if window is not None and slides and length > window:
         raise ConfigError(
             f"model: sliding-window attention of {window} with a {what} sequence of {length} tokens. {why} full "
             "attention. Use shorter CoTs (data.max_cot_tokens) or another model."

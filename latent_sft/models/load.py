@@ -233,7 +233,7 @@ def add_lora(lm: nn.Module, config: LoraConfig) -> nn.Module:
             lm,
             PeftLoraConfig(
                 r=config.rank,
-                lora_alpha=config.alpha,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number does
                 lora_dropout=config.dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
@@ -252,7 +252,7 @@ def twin(lm: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(lm, {id(tensor): tensor for tensor in shared})
 
 
-def merged(lm: nn.Module) -> PreTrainedModel:
+def merged(lm: Any) -> PreTrainedModel:
     """Return the plain transformers model, adapters folded into its weights (in place)."""
     return lm.merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
 

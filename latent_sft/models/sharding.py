@@ -35,7 +35,7 @@ def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give a module another `forward` while the context lasts; its hooks stay."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

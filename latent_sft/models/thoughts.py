@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ class Thoughts(nn.Module):
         """
         super().__init__()
         self.spec = spec
-        like = {"dtype": torch.promote_types(start.dtype, torch.float32), "device": start.device}
+        like: dict[str, Any] = {"dtype": torch.promote_types(start.dtype, torch.float32), "device": start.device}
         self.placeholder = nn.Parameter(start.detach().to(**like, copy=True))
         size = len(start)
         self.projection: nn.Module = nn.Identity()

@@ -78,7 +78,7 @@ def _words(texts: Iterable[str], config: TinyModelConfig, reserved: list[str]) -
     table = {piece: index for index, piece in enumerate(vocabulary)}
     if config.tokenizer == "digits":
         # greedy longest match: a word is one piece or unknown, a number one digit after another
-        model = models.WordPiece(
+        model: models.Model = models.WordPiece(
             table, unk_token=UNK, continuing_subword_prefix=CONTINUES, max_input_chars_per_word=10_000
         )
     else:

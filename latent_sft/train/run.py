@@ -55,14 +55,15 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         The finished step; its `final` folder holds the model.
 
     Raises:
+        ConfigError: there is no such stage.
         ArtefactError: an earlier stage is missing, or the folder belongs to another experiment.
         TrainingError: training cannot go on.
         Interrupted: the process was told to stop; a checkpoint is written (see `train/interruption.py`).
     """
+    train, stage = config.stage(name), STAGES[name]
     work = work or Workspace(config)
     with processes().main_process_first():  # it may read a whole model to know it
         step = work.step(name)
-    train, stage = config.stage(name), STAGES[name]
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
         return step

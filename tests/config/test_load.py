@@ -129,12 +129,12 @@ def test_a_mistake_in_the_file_names_the_file(write: Any, text: str, message: st
 
 def test_a_missing_file_suggests_its_neighbour(write: Any, tmp_path: Path) -> None:
     write("", "quickstart.yaml")
-    with pytest.raises(ConfigError, match=r"quickstrat.yaml: no such configuration file. Did you mean 'quickstart"):
+    with pytest.raises(ConfigError, match=r"quickstrat.yaml: no such configuration file.* Did you mean '.*quickstart"):
         load_config(tmp_path / "quickstrat.yaml")
 
 
-def test_a_missing_folder_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no such configuration file. Give the path of a YAML file"):
+def test_a_missing_folder_says_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml: no such configuration file, and no preset of that name"):
         load_config(tmp_path / "nowhere" / "a.yaml")
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from latent_sft.evaluation import plots
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.results import read_curves, read_run
 from latent_sft.evaluation.tables import accuracy, duration, percent, result_table
+from latent_sft.inference.show import ShownLatent, Solution
 
 STEPS = {"no-cot": 0.0, "cot": 24.0, "stage1": 12.0, "latent-sft": 12.1}
 ACCURACY = {"no-cot": 0.31, "cot": 0.998, "stage1": 0.996, "latent-sft": 0.982}
@@ -249,6 +251,20 @@ def test_a_gold_path_costs_more_than_it_shows_and_a_colour_is_the_same_everywher
     for key, names in ((plots.PASSES, ["r2", "r4"]), (plots.STEPS, ["r2/stage1", "r2", "r4"])):
         texts = plots.accuracy_against(rows, key).axes[0].texts
         assert {text.get_text().split()[0]: text.get_color() for text in texts} == {n: colours[n] for n in names}
+
+
+def test_a_row_shows_the_prompt_the_heaviest_tokens_of_each_latent_and_the_answer():
+    latents = [
+        ShownLatent(entropy=0.5, tokens=[(f"t{n}", 0.7), ("$", 0.2), (" ", 0.1), ("no", 0.0)]) for n in range(18)
+    ]
+    shown = {"problem": "two and two", "thinker": "latent", "thought": "", "answer": "4", "num_steps": 18}
+    solution = Solution(**shown, latents=latents, forward_passes=20, finished=True)
+    figure = plots.thought_row(solution)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[:6] == ["prompt", "two and two", "z1", "t0", "$", "' '"]
+    assert texts[-6:] == ["z16 +2", "t15", "$", "' '", "answer", "4"]
+    plots.to_bytes(figure, "png")
+    assert plots.thought_row(dataclasses.replace(solution, latents=[])) is None
 
 
 def test_figures_are_reproducible():

@@ -24,7 +24,7 @@ from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError, ConfigError, ExportError
 from latent_sft.export.checkpoint import export_checkpoint, export_run, generate_source
 from latent_sft.inference.generate import Decoded, generate
-from latent_sft.inference.show import generate_one, solve_one
+from latent_sft.inference.show import as_table, load
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.thoughts import load_thoughts
 from latent_sft.runs import Step
@@ -230,21 +230,21 @@ def test_one_problem_is_shown_with_what_its_latents_say(
 ) -> None:
     folder = export_checkpoint(thinking["kava"], tmp_path / "out") if exported else thinking["kava"]
     (row,) = decode(thinking["kava"], spec, "kava", [render_prompt(tokenizer, spec, "2 + 3")])
-    shown = solve_one(folder, "2 + 3", top=2)
+    shown = load(folder).generate("2 + 3", top=2)
     assert (shown.thinker, shown.num_steps, shown.thought) == ("continuous", 5, "")
     assert shown.answer == tokenizer.decode(row.answer_ids).strip()
     assert [latent.tokens[0][0] for latent in shown.latents] == [tokenizer.decode([i]) for i in row.thought_ids]
     assert all(len(latent.tokens) == 2 for latent in shown.latents)
-    assert "latents, as the LM head reads them: 5" in generate_one(folder, "2 + 3")
+    assert "latents, as the LM head reads them: 5" in as_table(shown)
 
 
 def test_what_cannot_be_shown_is_one_clear_error(thinking: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="always thinks in 5 latents, and without noise; max_latents cannot be set"):
-        generate_one(thinking["kava"], "2 + 3", max_latents=3)
+        load(thinking["kava"]).generate("2 + 3", max_latents=3)
     folder = Path(shutil.copytree(thinking["kava"], tmp_path / "copy"))
     (folder / "thoughts.safetensors").write_bytes(b"short")
     with pytest.raises(ArtefactError, match=r"thoughts\.safetensors: damaged"):
-        generate_one(folder, "2 + 3")
+        load(folder)
     (folder / "thoughts.safetensors").unlink()
     with pytest.raises(ArtefactError, match=r"thoughts\.safetensors is missing"):
-        generate_one(folder, "2 + 3")
+        load(folder)

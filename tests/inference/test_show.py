@@ -15,7 +15,7 @@ from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.prompts import build_spec, render_prompt
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.generate import Decoded, generate
-from latent_sft.inference.show import Shown, ShownLatent, as_table, generate_one, read_spec, solve_one
+from latent_sft.inference.show import ShownLatent, Solution, as_table, load, read_spec
 from latent_sft.method.types import SPEC_FILE, LatentSpec
 from latent_sft.models.load import build_tiny, save_lm
 from latent_sft.models.tiny_tokenizer import build_tokenizer
@@ -54,7 +54,7 @@ def test_json_holds_what_the_engine_decoded(
     checkpoint: Path, spec: LatentSpec, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     expected = decode(checkpoint, spec, tokenizer, thinker="latent")
-    found = json.loads(generate_one(checkpoint, PROBLEM, top=2, as_json=True))
+    found = json.loads(load(checkpoint).generate(PROBLEM, top=2).to_json())
     assert found["problem"] == PROBLEM
     assert found["num_steps"] == 3
     assert found["answer"] == tokenizer.decode(expected.answer_ids)
@@ -69,7 +69,7 @@ def test_json_holds_what_the_engine_decoded(
 
 def test_the_table_is_for_reading() -> None:
     latents = [ShownLatent(entropy=0.69, tokens=[("7", 0.5), (" [b]", 0.5)])]
-    shown = Shown(
+    shown = Solution(
         problem="p",
         thinker="latent",
         latents=latents,
@@ -86,14 +86,14 @@ def test_the_table_is_for_reading() -> None:
 
 
 def test_settings_of_the_call_replace_the_spec(checkpoint: Path) -> None:
-    assert solve_one(checkpoint, PROBLEM, min_latents=1, max_latents=1).num_steps == 1
+    assert load(checkpoint).generate(PROBLEM, min_latents=1, max_latents=1).num_steps == 1
     with pytest.raises(ConfigError, match=r"latent\.min_latents: got 3, expected 0 to max_latents=2"):
-        generate_one(checkpoint, PROBLEM, max_latents=2)
+        load(checkpoint).generate(PROBLEM, max_latents=2)
 
 
 def test_noise_changes_weights_by_seed_and_lists_the_heaviest_first(checkpoint: Path) -> None:
     clean, first, again, other = (
-        solve_one(checkpoint, PROBLEM, **options)
+        load(checkpoint).generate(PROBLEM, **options)
         for options in ({}, {"noise_scale": 2.0}, {"noise_scale": 2.0}, {"noise_scale": 2.0, "seed": 1})
     )
     assert first == again
@@ -111,7 +111,7 @@ def test_models_without_latents_are_shown_too(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "thinker.json").write_text(json.dumps({"thinker": thinker}))
     expected = decode(checkpoint, spec, tokenizer, thinker="explicit", max_cot_tokens=0 if thinker == "none" else 512)
-    shown = solve_one(tmp_path, PROBLEM)
+    shown = load(tmp_path).generate(PROBLEM)
     assert (shown.thinker, shown.num_steps, shown.latents) == (thinker, expected.num_steps, [])
     text = as_table(shown)
     assert text.startswith("answer:" if thinker == "none" else f"reasoning ({expected.num_steps} tokens): ")
@@ -122,17 +122,17 @@ def test_weights_are_used_in_the_dtype_they_were_saved_in(
 ) -> None:
     save_lm(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16), tmp_path / "final", tokenizer)
     (tmp_path / "final" / SPEC_FILE).write_bytes((checkpoint / SPEC_FILE).read_bytes())
-    assert solve_one(tmp_path / "final", PROBLEM).num_steps == 3
+    assert load(tmp_path / "final").generate(PROBLEM).num_steps == 3
 
 
 def test_what_is_no_checkpoint_says_what_is(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ArtefactError, match=r"there is no latent_spec\.json\. Expected an exported folder"):
-        generate_one(tmp_path, PROBLEM)
+        load(tmp_path)
     with pytest.raises(ArtefactError, match=r"stage2: not a checkpoint .* Did you mean .*/stage2/final\?"):
-        generate_one(checkpoint.parent, PROBLEM)
+        load(checkpoint.parent)
     with pytest.raises(ArtefactError, match=r"someone/nothing: no such folder, and no checkpoint"):
-        generate_one("someone/nothing", PROBLEM)
+        load("someone/nothing")
     (tmp_path / SPEC_FILE).write_bytes((checkpoint / SPEC_FILE).read_bytes())
     with pytest.raises(ArtefactError, match=r"config\.json cannot be read"):
-        generate_one(tmp_path, PROBLEM)
+        load(tmp_path)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from latent_sft.cli import main
 from latent_sft.config.load import load_config
 from latent_sft.errors import ConfigError, DataError, TrainingError
+from latent_sft.forecast import given_examples, load_of, measure, plan_setup
 from latent_sft.inference.solve import solve
 from latent_sft.method.types import ThoughtSpec
 from latent_sft.methods import STAGES
@@ -26,7 +27,6 @@ from latent_sft.methods.common import thinker_of
 from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel, distill_batch
 from latent_sft.methods.sim_cot import SimCotModel, with_steps
 from latent_sft.models.thoughts import Thoughts
-from latent_sft.sizes import given_examples, load_of, measure, plan_setup
 from latent_sft.train.run import train_stage
 
 NAMES = ("simcot-codi", "codi")
