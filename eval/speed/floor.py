@@ -1,4 +1,4 @@
-"""The floor: operations that must happen however the work is done, counted as docs/speed.md says."""
+"""The floor: operations that must happen however the work is done, counted as docs/internals/speed.md says."""
 
 from __future__ import annotations
 
