@@ -49,6 +49,7 @@ class Setup:
         source: name of that stage, or empty.
         root: what the first stage of the method started from.
         latents: stored latents of a row, where the stage reads a Store.
+        steps_per_epoch: optimizer steps, for `curriculum` and `callbacks`; 0 before the training set is cut up.
     """
 
     settings: Any
@@ -61,6 +62,7 @@ class Setup:
     source: str
     root: str | Path
     latents: LabelOf | None = None
+    steps_per_epoch: int = 0
 
     @property
     def single(self) -> str | Path:

@@ -96,12 +96,12 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
     check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
-    curriculum = stage.curriculum(setup)
     sampler = _sampler(stage, setup, work, train.accumulation * processes().num_processes)
+    setup = dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch())
     total = _total_steps(train, sampler)
     if checkpoint:
         check_length(step, state_of(checkpoint), total, stage.section)
-    train_rows = work.data["train"] if curriculum is None else Phased(work.data["train"])
+    train_rows = work.data["train"] if sampler.number is None else Phased(work.data["train"])
     collate = stage.batch(setup)
     collate = partial(with_ids, collate=collate)
     if processes().is_main_process:
@@ -214,7 +214,7 @@ def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> Leng
         sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
         sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
-    curriculum = stage.curriculum(setup)
+    curriculum = stage.curriculum(dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch()))
     if curriculum is not None:
         sampler.number = curriculum.number(len(data), _total_steps(train, sampler), seed)
     return sampler
