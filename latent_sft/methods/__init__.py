@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from latent_sft.methods import coconut, cot, latent_sft, self_distill, soft_thinking
+from latent_sft.methods import coconut, cot, icot, latent_sft, self_distill, soft_thinking
 from latent_sft.methods.base import Method, Model, Stage
 
 METHODS: tuple[Method, ...] = (
     cot.METHOD,
     latent_sft.METHOD,
     soft_thinking.METHOD,
+    icot.METHOD,
     coconut.METHOD,
     self_distill.CODI,
     self_distill.PCCOT,
