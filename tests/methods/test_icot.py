@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from recipe_cases import base_tokenizer
+from recipe_cases import base_tokenizer, save_base
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import latent_sft.train.run as run
+from latent_sft import cli
 from latent_sft.config.load import load_config
 from latent_sft.config.presets import resolve_config
 from latent_sft.data.lengths import single
@@ -357,20 +358,47 @@ def test_an_empty_thought_ends_at_once():
     assert (decoded.num_steps, decoded.thought_ids) == (0, [])
 
 
-def test_the_recipe_writes_published_lines_as_published(tmp_path):
-    """`Q <eos> CoT <eos> #### A <eos>`, with other delimiters; 46 tokens of CoT, 8 gone after an epoch."""
-    line = (
-        "9 1 7 3 * 9 4 3 3||1 7 4 3 3 + 0 6 7 8 4 1 ( 1 3 2 2 8 1 ) + 0 0 7 5 1 1 1 ( 1 3 9 7 9 2 1 ) + 0 0 0 7 5 1 1 1"
-        " #### 1 3 9 4 5 4 2 1\n"
-    )
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.txt").write_text(line)
-    files = [f"data.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
+LINE = (
+    "9 1 7 3 * 9 4 3 3||1 7 4 3 3 + 0 6 7 8 4 1 ( 1 3 2 2 8 1 ) + 0 0 7 5 1 1 1 ( 1 3 9 7 9 2 1 ) + 0 0 0 7 5 1 1 1"
+    " #### 1 3 9 4 5 4 2 1"
+)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Files of the published format, written by the code of the method's page."""
+    page = (Path(__file__).parents[2] / "docs/methods/icot.md").read_text()
+    scope: dict = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], scope)
+    assert scope["line"](3719, 3349, 4) == LINE
+    (tmp_path / "test.txt").write_text(LINE + "\n")
+    for seed, (split, count) in enumerate((("validation", 4), ("train", 8))):
+        scope["write"](tmp_path / f"{split}.txt", count, without=[tmp_path / "test.txt"], seed=seed)
+    return [f"data.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
+
+
+def test_the_recipe_writes_published_lines_as_published(files):
+    """`Q <eos> CoT <eos> #### A <eos>`, with other delimiters."""
     config = load_config(resolve_config("icot_mult4"), files)
     tokenizer = base_tokenizer("gpt2")
     spec = build_spec(tokenizer, config.prompt, config.latent, len(tokenizer))
-    row = tokenize_record(tokenizer, spec, load_splits(config.data).train[0])
+    splits = load_splits(config.data)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (8, 4, 1)
+    row = tokenize_record(tokenizer, spec, splits.test[0])
     assert tokenizer.decode(row["prompt"]) == "9 1 7 3 * 9 4 3 3<think>"
-    assert tokenizer.decode(row["cot"]).split() == line.partition("||")[2].partition(" ####")[0].split()
+    cot = LINE.partition("||")[2].partition(" ####")[0]
+    assert tokenizer.decode(row["cot"]) == cot and len(cot.split()) == 46  # a token each with GPT-2's merges
     assert tokenizer.decode(row["answer"]) == "1 3 9 4 5 4 2 1<|endoftext|>"
-    assert {"icot", "eval", "report"} <= {*steps(config)}
+    assert [step for step in steps(config) if step in STAGES] == ["icot"]
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_to_its_report(files, tmp_path):
+    """On a GPT-2 of two layers: four steps per epoch, so that two epochs leave out eight tokens."""
+    base = save_base("gpt2", tmp_path / "base")
+    settings = [
+        "icot.remove_per_epoch=4", "icot.train.epochs=2", "icot.train.batch_size=2", "icot.train.global_batch_size=2",
+        f"run_dir={tmp_path / 'run'}", f"model.name_or_path={base}",
+    ]  # fmt: skip
+    assert not cli.main(["run", "icot_mult4", *files, *settings])
+    assert (tmp_path / "run/report/report.html").exists()
