@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,13 @@ def test_what_cannot_be_generated(reasoner: latent_sft.Reasoner, problems: objec
         reasoner.generate(problems, **options)
 
 
-def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"there is no latent_spec\.json\. Expected an exported folder"):
         latent_sft.load(tmp_path)
+    encoder = Path(shutil.copytree(checkpoint, tmp_path / "decoder"))
+    (encoder / "thinker.json").write_text('{"thinker": "gold"}')
+    with pytest.raises(ArtefactError, match=r"decoder: its thoughts are made from the reference CoT \('gold'\)"):
+        latent_sft.load(encoder)
 
 
 def test_presets_and_overrides() -> None:

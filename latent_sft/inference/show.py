@@ -26,6 +26,7 @@ from latent_sft.models.thoughts import THOUGHTS_FILE
 from latent_sft.runs import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
+KINDS = ("latent", "continuous", "explicit", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +184,11 @@ def load(checkpoint: str | Path) -> Reasoner:
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         path = folder / THOUGHTS_FILE
         raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
+    if thinker.kind not in KINDS:
+        raise ArtefactError(
+            f"{checkpoint}: its thoughts are made from the reference CoT ({thinker.kind!r}); expected the final folder "
+            "of a model that thinks by itself."
+        )
     return Reasoner(checkpoint=str(checkpoint), spec=spec, thinker=thinker, tokenizer=tokenizer)
 
 
