@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from latent_sft.config.schema import ModelConfig
 from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError, ConfigError
+from latent_sft.inference.engine import THINKERS
 from latent_sft.inference.generate import Decoded, Sampling, generate
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import SPEC_FILE, LatentSpec, Superposition, ThoughtSpec
@@ -102,7 +103,12 @@ def solve_one(checkpoint: str | Path, problem: str, *, seed: int = 0, top: int =
     thinker_file = _find(checkpoint, "thinker.json")
     how = read_json(thinker_file) if thinker_file else {"thinker": "latent"}
     thinker = how["thinker"]
-    if thinker == "continuous" and changes:
+    if thinker not in THINKERS:
+        raise ArtefactError(
+            f"{checkpoint}: its thoughts are made from the reference CoT ({thinker!r}); expected the final folder of a "
+            "model that thinks by itself."
+        )
+    if "thoughts" in how and changes:
         raise ConfigError(
             f"{checkpoint}: always thinks in {how['thoughts']['num_latents']} latents, and without noise; "
             f"{', '.join(sorted(changes))} cannot be set."
@@ -115,9 +121,8 @@ def solve_one(checkpoint: str | Path, problem: str, *, seed: int = 0, top: int =
         model,
         spec,
         [render_prompt(tokenizer, spec, problem)],
-        thinker=thinker if thinker in ("latent", "continuous") else "explicit",
-        thoughts=_thoughts(checkpoint, ThoughtSpec(**how["thoughts"]), model) if thinker == "continuous" else None,
-        max_cot_tokens=0 if thinker == "none" else 512,
+        thinker=thinker,
+        thoughts=_thoughts(checkpoint, ThoughtSpec(**how["thoughts"]), model) if "thoughts" in how else None,
         sampling=Sampling(latent_noise=True, seed=seed) if noisy else None,
     )[0]
     return _shown(problem, thinker, decoded, tokenizer, top)
@@ -149,17 +154,17 @@ def as_table(shown: Shown) -> str:
 
     console = Console(markup=False, highlight=False)
     with console.capture() as capture:
-        if shown.thinker in ("latent", "continuous"):
-            titles = {"latent": "latent tokens", "continuous": "latents, as the LM head reads them"}
-            table = Table(title=f"{titles[shown.thinker]}: {shown.num_steps}")
+        kind = THINKERS[shown.thinker]
+        if kind.title and not kind.written:
+            table = Table(title=f"{kind.title}: {shown.num_steps}")
             for column in ("#", "entropy", "vocabulary entries (weight)"):
                 table.add_column(column, justify="left" if column.startswith("v") else "right")
             for number, latent in enumerate(shown.latents, 1):
                 tokens = "  ".join(f"{text!r} {weight:.2f}" for text, weight in latent.tokens)
                 table.add_row(str(number), f"{latent.entropy:.2f}", tokens)
             console.print(table)
-        elif shown.thinker == "explicit":
-            console.print(f"reasoning ({shown.num_steps} tokens): {shown.thought}", soft_wrap=True)
+        elif kind.title:
+            console.print(f"{kind.title} ({shown.num_steps} tokens): {shown.thought}", soft_wrap=True)
         console.print(f"answer: {shown.answer}{'' if shown.finished else ' … (cut)'}", soft_wrap=True)
     return capture.get().rstrip("\n")
 
@@ -177,7 +182,7 @@ def _shown(problem: str, thinker: str, decoded: Decoded, tokenizer: PreTrainedTo
         problem=problem,
         thinker=thinker,
         latents=latents,
-        thought=tokenizer.decode(decoded.thought_ids) if thinker == "explicit" else "",
+        thought=tokenizer.decode(decoded.thought_ids) if THINKERS[thinker].written else "",
         answer=tokenizer.decode(decoded.answer_ids).strip(),
         num_steps=decoded.num_steps,
         forward_passes=decoded.forward_passes,
