@@ -150,14 +150,14 @@ class Thinking:
         return Superposition(torch.where(here, latent.ids, token[:, None]), torch.where(here, latent.weights, self.one))
 
     def _spelled(
-        self, continues: Tensor, chosen: Tensor, state: ThinkState, answers: Tensor
+        self, thinking: Tensor, continues: Tensor, chosen: Tensor, state: ThinkState, answers: Tensor
     ) -> tuple[Tensor, ThinkState]:
         """Return the token `[B]` and the next state where thinking ends when the chosen tokens spell `</think>`.
 
         An EOS chosen while thinking ends the row without an answer.
         """
         answer = answer_phase(self.spec)
-        forced, after = self._plain(state.phase == THINK, continues, state, answers)
+        forced, after = self._plain(thinking, continues, state, answers)
         token = torch.where(continues, chosen, forced)
         recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)  # of no use once the row has stopped thinking
         complete = continues & (recent == self.tokens[:answer]).all(-1)
@@ -226,8 +226,9 @@ class ExplicitThinking(Thinking):
         """See `Thinking.step`."""
         if answers is None:
             answers = largest(logits, 1)[1][:, 0]
-        continues = (state.phase == THINK) & (state.num_steps < self.most_steps)
-        token, after = self._spelled(continues, answers, state, answers)
+        thinking = state.phase == THINK
+        continues = thinking & (state.num_steps < self.most_steps)
+        token, after = self._spelled(thinking, continues, answers, state, answers)
         return Superposition(token[:, None], self.one.expand(len(token), 1)), after
 
 
