@@ -92,7 +92,7 @@ class SlotCache(Cache):
         self.column_index.fill_(column)
 
     def repack(self, rows: Tensor | None, first: int, capacity: int) -> None:
-        """Keep some slots (None: all) and drop the columns before `first`; the buffers get `capacity` columns."""
+        """Keep some slots (None: all); column `first` becomes the first one of buffers of `capacity` columns."""
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
                 buffers[layer] = repacked(buffer, 2, rows, first, self.column, capacity)
@@ -116,19 +116,21 @@ class SlotCache(Cache):
 def repacked(buffer: Tensor, dim: int, rows: Tensor | None, first: int, last: int, capacity: int) -> Tensor:
     """Return a buffer whose columns (of dimension `dim`) begin with `first..last` of this one, for some rows or all.
 
-    The same memory is used again where shapes allow it, so that compiled code finds it where it was.
+    A `first` below 0 leaves so many columns free in front. The same memory is used again where shapes allow it, so that
+    compiled code finds it where it was.
     """
-    kept = buffer.narrow(dim, first, last - first)
+    begin, to = max(first, 0), max(-first, 0)
+    kept = buffer.narrow(dim, begin, last - begin)
     rows = None if rows is None else rows.to(buffer.device)
     if rows is None and capacity == buffer.shape[dim]:
         if first:
-            buffer.narrow(dim, 0, last - first).copy_(kept.clone())
+            buffer.narrow(dim, to, last - begin).copy_(kept.clone())
         return buffer
     shape = list(buffer.shape)
     shape[dim] = capacity
     shape[0] = shape[0] if rows is None else len(rows)
     new = torch.zeros(shape, dtype=buffer.dtype, device=buffer.device)
-    new.narrow(dim, 0, last - first).copy_(kept if rows is None else kept.index_select(0, rows))
+    new.narrow(dim, to, last - begin).copy_(kept if rows is None else kept.index_select(0, rows))
     return new
 
 

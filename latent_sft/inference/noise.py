@@ -1,4 +1,4 @@
-"""Random draws of decoding: one generator a problem, so that neither batch nor order changes what a problem draws."""
+"""Random draws of decoding: one generator a request, so that neither batch nor order changes what a request draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from latent_sft.method.superposition import NOISE_DRAWS, gumbel
-from latent_sft.method.types import LatentSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,50 +29,44 @@ class Sampling:
 
 
 class Noise:
-    """The generators of the problems in work.
+    """The generators of the requests in work.
 
     Attributes:
         tokens: whether tokens are sampled.
-        latents: whether latents are perturbed.
+        width: entries of a latent that have noise; 0 none.
     """
 
-    def __init__(
-        self, sampling: Sampling | None, spec: LatentSpec, latent: bool, device: torch.device, mixture: int = 0
-    ) -> None:
-        """Set up the draws; `mixture` is the number of entries of a noisy soft mixture, 0 where there is none."""
-        self.tokens = sampling is not None and sampling.temperature > 0
-        noisy = latent and sampling is not None and sampling.latent_noise and spec.noise_scale > 0
-        self._width = mixture or spec.top_k
-        self.latents = noisy or mixture > 0
+    def __init__(self, sampling: Sampling | None, width: int, device: torch.device) -> None:
+        self.tokens, self.width = sampling is not None and sampling.temperature > 0, width
         self._seed = 0 if sampling is None else sampling.seed
-        self._spec, self._device = spec, device
+        self._device = device
         self._generators: dict[int, torch.Generator] = {}
 
-    def draw(self, problems: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the next draws of each problem (None: an idle slot, which draws nothing).
+    def draw(self, requests: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the next draws of each request (None: an idle slot, which draws nothing).
 
         Returns:
             `[B]` uniform numbers for tokens and `[R, B, K]` Gumbel draws for latents, each None where it is not needed.
         """
-        if not self.tokens and not self.latents:
+        if not self.tokens and not self.width:
             return None, None
-        sizes = int(self.tokens), NOISE_DRAWS * self._width * self.latents
-        drawn = torch.zeros(len(problems), sum(sizes))
-        for row, problem in enumerate(problems):
-            if problem is not None:
-                generator = self._generators.get(problem)
+        sizes = int(self.tokens), NOISE_DRAWS * self.width
+        drawn = torch.zeros(len(requests), sum(sizes))
+        for row, request in enumerate(requests):
+            if request is not None:
+                generator = self._generators.get(request)
                 if generator is None:
-                    generator = torch.Generator().manual_seed(self._seed * 1_000_003 + problem)
-                    self._generators[problem] = generator
+                    generator = torch.Generator().manual_seed(self._seed * 1_000_003 + request)
+                    self._generators[request] = generator
                 drawn[row, : sizes[0]] = torch.rand(sizes[0], generator=generator)
                 drawn[row, sizes[0] :] = gumbel((sizes[1],), generator, torch.device("cpu"))
         tokens, latents = drawn.to(self._device).split(sizes, dim=1)
-        shaped = latents.view(len(problems), -1, self._width).transpose(0, 1)
-        return tokens[:, 0] if self.tokens else None, shaped if self.latents else None
+        noisy = latents.view(len(requests), -1, self.width).transpose(0, 1) if self.width else None
+        return tokens[:, 0] if self.tokens else None, noisy
 
-    def forget(self, problem: int) -> None:
-        """Drop the generator of a problem that is done."""
-        self._generators.pop(problem, None)
+    def forget(self, request: int) -> None:
+        """Drop the generator of a request that is done."""
+        self._generators.pop(request, None)
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from latent_sft.config.schema import ModelConfig
 from latent_sft.data.prompts import render_prompt
 from latent_sft.errors import ArtefactError, ConfigError, did_you_mean
+from latent_sft.inference.engine import THINKERS
 from latent_sft.inference.generate import Decoded, Sampling
 from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.superposition import entropy
@@ -26,7 +27,6 @@ from latent_sft.models.thoughts import THOUGHTS_FILE
 from latent_sft.runs import read_json
 
 DTYPES = ("float32", "bfloat16", "float16")
-KINDS = ("latent", "continuous", "explicit", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,7 @@ def load(checkpoint: str | Path) -> Reasoner:
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         path = folder / THOUGHTS_FILE
         raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); train that stage again.") from error
-    if thinker.kind not in KINDS:
+    if thinker.kind not in THINKERS:
         raise ArtefactError(
             f"{checkpoint}: its thoughts are made from the reference CoT ({thinker.kind!r}); expected the final folder "
             "of a model that thinks by itself."
@@ -213,17 +213,17 @@ def as_table(solution: Solution) -> str:
 
     console = Console(markup=False, highlight=False)
     with console.capture() as capture:
-        if solution.thinker in ("latent", "continuous"):
-            titles = {"latent": "latent tokens", "continuous": "latents, as the LM head reads them"}
-            table = Table(title=f"{titles[solution.thinker]}: {solution.num_steps}")
+        kind = THINKERS[solution.thinker]
+        if kind.title and not kind.written:
+            table = Table(title=f"{kind.title}: {solution.num_steps}")
             for column in ("#", "entropy", "vocabulary entries (weight)"):
                 table.add_column(column, justify="left" if column.startswith("v") else "right")
             for number, latent in enumerate(solution.latents, 1):
                 tokens = "  ".join(f"{text!r} {weight:.2f}" for text, weight in latent.tokens)
                 table.add_row(str(number), f"{latent.entropy:.2f}", tokens)
             console.print(table)
-        elif solution.thinker == "explicit":
-            console.print(f"reasoning ({solution.num_steps} tokens): {solution.thought}", soft_wrap=True)
+        elif kind.title:
+            console.print(f"{kind.title} ({solution.num_steps} tokens): {solution.thought}", soft_wrap=True)
         console.print(f"answer: {solution.answer}{'' if solution.finished else ' … (cut)'}", soft_wrap=True)
     return capture.get().rstrip("\n")
 
@@ -241,7 +241,7 @@ def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTraine
         problem=problem,
         thinker=thinker,
         latents=latents,
-        thought=str(tokenizer.decode(decoded.thought_ids)) if thinker == "explicit" else "",
+        thought=str(tokenizer.decode(decoded.thought_ids)) if THINKERS[thinker].written else "",
         answer=str(tokenizer.decode(decoded.answer_ids)).strip(),
         num_steps=decoded.num_steps,
         forward_passes=decoded.forward_passes,

@@ -17,7 +17,7 @@ class Thinker(NamedTuple):
     """A model with how it thinks.
 
     Attributes:
-        kind: `none` (No-CoT), `explicit`, `latent`, `continuous` (hidden states are fed back) or `soft`.
+        kind: a name of `inference.engine.THINKERS`.
         lm: causal LM.
         thoughts: for `continuous`.
         soft: for `soft`.
@@ -63,8 +63,8 @@ def solve(
         thinker.lm,
         spec,
         [row["prompt"] for row in rows],
-        thinker="explicit" if thinker.kind == "none" else thinker.kind,
-        max_cot_tokens=0 if thinker.kind == "none" else max_cot_tokens,
+        thinker=thinker.kind,
+        max_cot_tokens=max_cot_tokens,
         latents=latents,
         sampling=sampling,
         batch_size=batch_size,

@@ -1,6 +1,6 @@
 """Soft Thinking (arXiv 2505.15778): a model that learned to write its CoT is fed mixtures of tokens instead.
 
-A step of thinking is explicit thinking (see `thinking.explicit_step`) but for what is fed: the likeliest tokens,
+A step of thinking is explicit thinking (`thinking.ExplicitThinking`) but for what is fed: the likeliest tokens,
 weighted by their probabilities. When thinking ends is decided on the likeliest token without noise, as if it had been
 written. The published code knows delimiters of one token only and stops at that token. A delimiter of several is
 followed here: a token that goes on spelling it is fed as itself and not as a mixture, and thinking ends when all of it
@@ -11,75 +11,55 @@ delimiter ends thinking exactly where it does in explicit decoding.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latent_sft.method.superposition import largest, perturb
-from latent_sft.method.thinking import THINK, Script, ThinkState, answer_phase, plain_step
-from latent_sft.method.types import LatentSpec, Soft, Superposition
+from latent_sft.method.thinking import THINK, Thinking, ThinkState, answer_phase
+from latent_sft.method.types import Soft, Superposition
 
 
-def soft_step(
-    logits: Tensor,
-    state: ThinkState,
-    spec: LatentSpec,
-    script: Script,
-    soft: Soft,
-    max_tokens: int,
-    answers: Tensor | None = None,
-    draws: Tensor | None = None,
-) -> tuple[Superposition, ThinkState]:
-    """Choose what every row is fed next.
+class SoftThinking(Thinking):
+    """The likeliest tokens, weighted by their probabilities, are fed back.
 
-    Thinking ends where the delimiter is spelled, at `max_tokens`, and by cold stop: when the entropy was below the
-    threshold for so many steps in a row, the delimiter is fed in place of the last of them. An EOS as the likeliest
-    token ends the row without an answer.
-
-    Args:
-        logits: `[B, V]`.
-        state: see ThinkState.
-        spec: settings.
-        script: see `script_of`, for K tokens.
-        soft: settings of the mixtures.
-        max_tokens: cap on thinking.
-        answers: `[B]` the token each row would write if it is answering; None is the argmax.
-        draws: `[R, B, K]` Gumbel noise, or None for no noise.
-
-    Returns:
-        The next input `[B, K]` and the next state.
+    Thinking ends where the delimiter is spelled, at the cap, and by cold stop: when the entropy was below the threshold
+    for so many steps in a row, the delimiter is fed in place of the last of them. An EOS as the likeliest token ends
+    the row without an answer.
     """
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / soft.temperature
-    total = scaled.logsumexp(-1, keepdim=True)
-    mixture = mixture_of(logits, total, soft, len(script.one))
-    top = mixture.ids[:, 0]
-    thinking = state.phase == THINK
-    continues = thinking & (state.num_steps < max_tokens)
-    cold = state.cold
-    if soft.cold_stop_entropy > 0:
-        nats = torch.special.entr((scaled - total).exp()).sum(-1)
-        cold = torch.where(nats < soft.cold_stop_entropy, cold + 1, 0)
-        continues = continues & (cold < soft.cold_stop_steps)
-    if draws is not None:
-        mixture = _noisy(mixture, draws, soft, spec.end_think_ids[0])
-    answer = answer_phase(spec)
-    delimiter = script.tokens[:answer]
-    forced, after = plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
-    token = torch.where(continues, top, forced)
-    recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)
-    complete = continues & (recent == delimiter).all(-1)
-    phase = torch.where(continues & (token == spec.eos_id), answer + 1, after.phase)
-    after = after._replace(
-        num_steps=after.num_steps - complete * answer,
-        phase=torch.where(complete, answer, phase),
-        recent=recent,
-        cold=cold,
-    )
-    mixed = (continues & ~_spells(recent, delimiter))[:, None]
-    fed = Superposition(
-        torch.where(mixed, mixture.ids, token[:, None]), torch.where(mixed, mixture.weights, script.one)
-    )
-    return fed, after
+
+    title = "mixtures of tokens"
+    needs = "soft"
+
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        assert soft is not None
+        self.soft, self.kept = soft, min(soft.top_k, self.spec.vocab_size)
+
+    def num_draws(self, noise: bool) -> int:
+        """Return K where the mixtures' own settings ask for noise."""
+        return self.kept if self.soft.noise_scale > 0 else 0
+
+    def step(
+        self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Superposition, ThinkState]:
+        """See `Thinking.step`."""
+        soft = self.soft
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / soft.temperature
+        total = scaled.logsumexp(-1, keepdim=True)
+        mixture = mixture_of(logits, total, soft, self.kept)
+        top = mixture.ids[:, 0]
+        thinking = state.phase == THINK
+        continues = thinking & (state.num_steps < self.most_steps)
+        if soft.cold_stop_entropy > 0:
+            nats = torch.special.entr((scaled - total).exp()).sum(-1)
+            state = state._replace(cold=torch.where(nats < soft.cold_stop_entropy, state.cold + 1, 0))
+            continues = continues & (state.cold < soft.cold_stop_steps)
+        if draws is not None:
+            mixture = _noisy(mixture, draws, soft, self.spec.end_think_ids[0])
+        token, after = self._spelled(thinking, continues, top, state, top if answers is None else answers)
+        spells = _spells(after.recent, self.tokens[: answer_phase(self.spec)])
+        return self._mixed(continues & ~spells, mixture, token), after
 
 
 def mixture_of(logits: Tensor, total: Tensor, soft: Soft, kept: int) -> Superposition:

@@ -1,4 +1,4 @@
-"""The decoding state machine: what a row's logits mean now, and what it is fed next. Pure tensors, all rows at once.
+"""How a row thinks: what its logits mean now, and what it is fed next. Pure tensors, all rows at once.
 
 A row goes through phases, counted up by one number (E = tokens of `</think>`):
 
@@ -8,19 +8,20 @@ A row goes through phases, counted up by one number (E = tokens of `</think>`):
     E+1         done: whatever is fed is ignored
 
 Every step feeds every row one superposition `[K]`; a plain token is a superposition with weight 1 on its first entry.
+A `Thinking` decides it; decoding knows no more of a way of thinking than this class says.
 Rows never look at each other, so a batch of N gives what N single runs give. Decoding pays for every one of these
 small operations at every step, hence their number is kept down.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latent_sft.method.superposition import largest, largest_but, perturb, weighted
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, Soft, Superposition
 
 THINK = 0
 
@@ -48,167 +49,218 @@ class ThinkState(NamedTuple):
     cold: Tensor
 
 
-class Script(NamedTuple):
-    """Constants of the steps on the right device.
+class Thinking:
+    """A way of thinking, with what it needs; one object a call.
 
     Attributes:
+        title: what thoughts are called; empty where there are none.
+        needs: the argument of `__init__` that it cannot do without.
+        written: thoughts are tokens like any others, sampled where answers are.
+        spec: settings.
+        kept: K, the entries of a superposition that is fed or shown.
+        most_steps: of thinking, `</think>` not counted.
+        thoughts: from hidden states to inputs (`models.thoughts`), where thoughts are such states; what `step` chooses
+            for them is then what they say, and not what is fed.
+        at_once: so many latents are thought while the prompt is read; 0 where they come one by one.
         tokens: `[E+2]` what a row is fed at each phase: `</think>`, (the answer), padding.
         one: `[K]` weights of a plain token.
     """
 
-    tokens: Tensor
-    one: Tensor
+    title: ClassVar[str] = "latent tokens"
+    needs: ClassVar[str] = ""
+    written: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        spec: LatentSpec,
+        device: torch.device,
+        *,
+        max_tokens: int = 0,
+        thoughts: Any = None,
+        soft: Soft | None = None,
+    ) -> None:
+        """Set up; of the settings, each kind uses its own.
+
+        Args:
+            spec: settings.
+            device: of the logits.
+            max_tokens: cap of thinking that may go on as long as it likes.
+            thoughts: a `models.thoughts.Thoughts`.
+            soft: settings of mixtures.
+        """
+        self.spec, self.device = spec, device
+        self.kept, self.most_steps, self.at_once = spec.top_k, max_tokens, 0
+        self.thoughts: Any = None
+        self._prepare(thoughts, soft)
+        self.tokens = torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device)
+        self.one = torch.zeros(self.kept, device=device)
+        self.one[0] = 1.0
+
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        """Take what this kind needs."""
+
+    def start(self, phases: list[int]) -> ThinkState:
+        """Return the state of rows whose prompt was read and whose next logits belong to these phases."""
+        phase = torch.tensor(phases, device=self.device)
+        zeros = torch.zeros_like(phase)
+        recent = torch.full((len(phases), len(self.spec.end_think_ids)), -1, device=self.device)
+        return ThinkState(phase, zeros, zeros, recent, zeros)
+
+    def num_draws(self, noise: bool) -> int:
+        """Return the entries that Gumbel noise is drawn for at every step; `noise`: whether latents may have it."""
+        return 0
+
+    def step(
+        self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Superposition, ThinkState]:
+        """Choose what every row is fed next.
+
+        Args:
+            logits: `[B, V]` at the last position of each row.
+            state: see ThinkState.
+            answers: `[B]` the token each row would write if it is answering (or thinks in tokens); None is the argmax.
+            draws: `[R, B, num_draws]` Gumbel noise, or None for no noise.
+
+        Returns:
+            The next input `[B, K]` and the next state.
+        """
+        raise NotImplementedError
+
+    def said(self, logits: Tensor) -> Superposition:
+        """Return what the LM head makes of states, `[N, K]`, from its logits `[N, V]`."""
+        kept, ids = largest(logits, self.kept)
+        return weighted(kept, ids, self.spec.decode_temperature)
+
+    def _plain(
+        self, thinking: Tensor, continues: Tensor, state: ThinkState, answers: Tensor
+    ) -> tuple[Tensor, ThinkState]:
+        """Return the token `[B]` of rows that do not think on (the delimiter, or the answer) and the next state."""
+        answer = answer_phase(self.spec)
+        answering = state.phase == answer
+        token = torch.where(answering, answers, self.tokens[state.phase])
+        num_answer = state.num_answer + answering
+        moves = answering & ((token == self.spec.eos_id) | (num_answer >= self.spec.max_answer_tokens))
+        if answer > 1:
+            moves = moves | ((state.phase > THINK) & (state.phase < answer))
+        phase = state.phase + (moves | (thinking & ~continues))
+        return token, state._replace(phase=phase, num_steps=state.num_steps + continues, num_answer=num_answer)
+
+    def _mixed(self, here: Tensor, latent: Superposition, token: Tensor) -> Superposition:
+        """Return the latent `[B, K]` where `here` `[B]`, the token `[B]` elsewhere."""
+        here = here[:, None]
+        return Superposition(torch.where(here, latent.ids, token[:, None]), torch.where(here, latent.weights, self.one))
+
+    def _spelled(
+        self, thinking: Tensor, continues: Tensor, chosen: Tensor, state: ThinkState, answers: Tensor
+    ) -> tuple[Tensor, ThinkState]:
+        """Return the token `[B]` and the next state where thinking ends when the chosen tokens spell `</think>`.
+
+        An EOS chosen while thinking ends the row without an answer.
+        """
+        answer = answer_phase(self.spec)
+        forced, after = self._plain(thinking, continues, state, answers)
+        token = torch.where(continues, chosen, forced)
+        recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)  # of no use once the row has stopped thinking
+        complete = continues & (recent == self.tokens[:answer]).all(-1)
+        phase = torch.where(continues & (token == self.spec.eos_id), answer + 1, after.phase)
+        phase = torch.where(complete, answer, phase)
+        return token, after._replace(num_steps=after.num_steps - complete * answer, phase=phase, recent=recent)
 
 
-def start(batch_size: int, spec: LatentSpec, device: torch.device, phase: int = THINK) -> ThinkState:
-    """Return the state after the prompt (or, in the answer phase, after a `</think>` that was part of the prefix)."""
-    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
-    recent = torch.full((batch_size, len(spec.end_think_ids)), -1, dtype=torch.long, device=device)
-    return ThinkState(zeros + phase, zeros, zeros, recent, zeros)
-
-
-def script_of(spec: LatentSpec, device: torch.device, kept: int | None = None) -> Script:
-    """Return the constants of the steps; `kept` is K, that of the spec by default."""
-    one = torch.zeros(kept or spec.top_k, device=device)
-    one[0] = 1.0
-    return Script(torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device), one)
-
-
-def latent_step(
-    logits: Tensor,
-    state: ThinkState,
-    spec: LatentSpec,
-    script: Script,
-    answers: Tensor | None = None,
-    draws: Tensor | None = None,
-) -> tuple[Superposition, ThinkState]:
-    """Choose what every row is fed next when thinking is latent (reference section 1.9, Transformers path).
+class LatentThinking(Thinking):
+    """The softmax over the top-k logits is fed back (reference section 1.9, Transformers path).
 
     Thinking stops if and only if the clean argmax is the first token of `</think>`, not before `min_latents` and at
-    the latest after `max_latents`. Otherwise the next input is the softmax over the top-k logits.
-
-    Args:
-        logits: `[B, V]` at the last position of each row.
-        state: see ThinkState.
-        spec: settings.
-        script: see `script_of`.
-        answers: `[B]` the token each row would write if it is answering; None is the argmax.
-        draws: `[R, B, K]` Gumbel noise, or None for no noise.
-
-    Returns:
-        The next input `[B, top_k]` and the next state.
+    the latest after `max_latents`.
     """
-    end = spec.end_think_ids[0]
-    if spec.exclude_end or spec.min_latents > 0:
-        # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
-        held = True if spec.exclude_end else state.num_steps < spec.min_latents
-        kept, ids, top = largest_but(logits, spec.top_k, end, held)
-    else:
-        kept, ids = largest(logits, spec.top_k)
-        top = ids[:, 0]
-    latent = weighted(kept, ids, spec.decode_temperature)
-    if draws is not None:
-        latent = perturb(
-            latent,
-            draws,
-            scale=spec.noise_scale,
-            temperature=spec.noise_temperature,
-            clip=spec.noise_clip,
-            end_id=end,
-        )
-    stops = top == end
-    if spec.min_latents > 0:
-        stops = stops & (state.num_steps >= spec.min_latents)
-    thinking = state.phase == THINK
-    continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
-    token, after = plain_step(thinking, continues, state, spec, script, top if answers is None else answers)
-    here = continues[:, None]
-    fed = Superposition(torch.where(here, latent.ids, token[:, None]), torch.where(here, latent.weights, script.one))
-    return fed, after
+
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        self.most_steps = self.spec.max_latents
+
+    def num_draws(self, noise: bool) -> int:
+        """Return K where latents have noise."""
+        return self.kept if noise and self.spec.noise_scale > 0 else 0
+
+    def step(
+        self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Superposition, ThinkState]:
+        """See `Thinking.step`."""
+        spec, end = self.spec, self.spec.end_think_ids[0]
+        if spec.exclude_end or spec.min_latents > 0:
+            # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
+            held = True if spec.exclude_end else state.num_steps < spec.min_latents
+            kept, ids, top = largest_but(logits, spec.top_k, end, held)
+        else:
+            kept, ids = largest(logits, spec.top_k)
+            top = ids[:, 0]
+        latent = weighted(kept, ids, spec.decode_temperature)
+        if draws is not None:
+            latent = perturb(
+                latent,
+                draws,
+                scale=spec.noise_scale,
+                temperature=spec.noise_temperature,
+                clip=spec.noise_clip,
+                end_id=end,
+            )
+        stops = top == end
+        if spec.min_latents > 0:
+            stops = stops & (state.num_steps >= spec.min_latents)
+        thinking = state.phase == THINK
+        continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
+        token, after = self._plain(thinking, continues, state, top if answers is None else answers)
+        return self._mixed(continues, latent, token), after
 
 
-def explicit_step(
-    logits: Tensor,
-    state: ThinkState,
-    spec: LatentSpec,
-    script: Script,
-    max_tokens: int,
-    answers: Tensor | None = None,
-) -> tuple[Superposition, ThinkState]:
-    """Choose what every row is fed next when thinking is written out: the same phases with K = 1.
+class ExplicitThinking(Thinking):
+    """Thinking is written out, K = 1; it ends when its last tokens spell the whole `</think>`, or at the cap."""
 
-    The row leaves THINK when its last tokens spell the whole `</think>`; after `max_tokens` tokens it is fed instead.
-    An EOS written while thinking ends the row without an answer.
+    title = "reasoning"
+    written = True
 
-    Args:
-        logits: `[B, V]`.
-        state: see ThinkState.
-        spec: settings.
-        script: see `script_of`.
-        max_tokens: cap on explicit CoT tokens.
-        answers: `[B]` next token of each row, thinking and answering alike; None is the argmax.
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        self.kept = 1
 
-    Returns:
-        The next input `[B, 1]` and the next state.
+    def step(
+        self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Superposition, ThinkState]:
+        """See `Thinking.step`."""
+        if answers is None:
+            answers = largest(logits, 1)[1][:, 0]
+        thinking = state.phase == THINK
+        continues = thinking & (state.num_steps < self.most_steps)
+        token, after = self._spelled(thinking, continues, answers, state, answers)
+        return Superposition(token[:, None], self.one.expand(len(token), 1)), after
+
+
+class NoThinking(ExplicitThinking):
+    """`</think>` follows the prompt."""
+
+    title = ""
+
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        self.kept, self.most_steps = 1, 0
+
+
+class HiddenStateThinking(Thinking):
+    """Last hidden states are fed back, always so many, whatever the model would say; the spec's limits do not count.
+
+    What a thought says is the softmax over its top-k logits.
     """
-    answer = answer_phase(spec)
-    if answers is None:
-        answers = largest(logits, 1)[1][:, 0]
-    thinking = state.phase == THINK
-    continues = thinking & (state.num_steps < max_tokens)
-    forced, after = plain_step(thinking, continues, state, spec, script, answers)
-    token = torch.where(continues, answers, forced)
-    recent = torch.cat([state.recent[:, 1:], token[:, None]], dim=1)  # of no use once the row has stopped thinking
-    complete = continues & (recent == script.tokens[:answer]).all(-1)
-    phase = torch.where(continues & (token == spec.eos_id), answer + 1, after.phase)
-    after = after._replace(
-        num_steps=after.num_steps - complete * answer, phase=torch.where(complete, answer, phase), recent=recent
-    )
-    return Superposition(token[:, None], script.one[:1].expand(len(token), 1)), after
 
+    title = "latents, as the LM head reads them"
+    needs = "thoughts"
 
-def thought_step(
-    logits: Tensor,
-    state: ThinkState,
-    spec: LatentSpec,
-    script: Script,
-    num_latents: int,
-    answers: Tensor | None = None,
-) -> tuple[Superposition, Tensor, ThinkState]:
-    """Choose what every row is fed next when thoughts are hidden states: always so many, whatever the model would say.
+    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+        self.thoughts, self.most_steps = thoughts, thoughts.spec.num_latents
+        self.at_once = 0 if thoughts.spec.sequential else self.most_steps
 
-    Args:
-        logits: `[B, V]` of the hidden states that become thoughts.
-        state: see ThinkState.
-        spec: settings; its limits on latents do not count here.
-        script: see `script_of`.
-        num_latents: M.
-        answers: `[B]` the token each row would write if it is answering; None is the argmax.
-
-    Returns:
-        The next input `[B, top_k]`; which rows are fed their hidden state instead `[B]` (for them the first is what the
-        thought says: the softmax over its top-k logits); the next state.
-    """
-    kept, ids = largest(logits, spec.top_k)
-    said = weighted(kept, ids, spec.decode_temperature)
-    thinking = state.phase == THINK
-    continues = thinking & (state.num_steps < num_latents)
-    token, after = plain_step(thinking, continues, state, spec, script, ids[:, 0] if answers is None else answers)
-    here = continues[:, None]
-    fed = Superposition(torch.where(here, said.ids, token[:, None]), torch.where(here, said.weights, script.one))
-    return fed, continues, after
-
-
-def plain_step(
-    thinking: Tensor, continues: Tensor, state: ThinkState, spec: LatentSpec, script: Script, answers: Tensor
-) -> tuple[Tensor, ThinkState]:
-    """Return the token `[B]` of every row that does not think on (the delimiter, or the answer) and the next state."""
-    answer = answer_phase(spec)
-    answering = state.phase == answer
-    token = torch.where(answering, answers, script.tokens[state.phase])
-    num_answer = state.num_answer + answering
-    moves = answering & ((token == spec.eos_id) | (num_answer >= spec.max_answer_tokens))
-    if answer > 1:
-        moves = moves | ((state.phase > THINK) & (state.phase < answer))
-    phase = state.phase + (moves | (thinking & ~continues))
-    return token, state._replace(phase=phase, num_steps=state.num_steps + continues, num_answer=num_answer)
+    def step(
+        self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Superposition, ThinkState]:
+        """See `Thinking.step`."""
+        said = self.said(logits)
+        thinking = state.phase == THINK
+        continues = thinking & (state.num_steps < self.most_steps)
+        token, after = self._plain(thinking, continues, state, said.ids[:, 0] if answers is None else answers)
+        return self._mixed(continues, said, token), after

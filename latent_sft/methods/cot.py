@@ -68,8 +68,8 @@ def _batch(setup: Setup, *, with_cot: bool) -> Collate:
     )
 
 
-def _stage(name: str, thinker: str, meaning: str) -> Stage:
-    with_cot = thinker == "explicit"
+def _stage(name: str, meaning: str, *, with_cot: bool) -> Stage:
+    thinker = "explicit" if with_cot else "none"
     return Stage(
         name=name,
         section=name.replace("-", "_"),
@@ -86,8 +86,12 @@ METHOD = Method(
     title="CoT-SFT",
     sections={"no_cot": TrainConfig, "cot": TrainConfig},
     stages=(
-        _stage("no-cot", "none", "baseline that answers without reasoning"),
-        _stage("cot", "explicit", "baseline that writes its reasoning; a starting point where a method's init is cot"),
+        _stage("no-cot", "baseline that answers without reasoning", with_cot=False),
+        _stage(
+            "cot",
+            "baseline that writes its reasoning; a starting point where a method's init is cot",
+            with_cot=True,
+        ),
     ),
     models=(
         Model(name="no-cot", meaning="answers without reasoning", colour="#7d8590", stages=("no-cot",), reasons=False),

@@ -32,7 +32,7 @@ from latent_sft.method.attention import softcapped
 from latent_sft.method.kv_distill import attention_logits
 from latent_sft.models.attention import planned, use_plans
 from latent_sft.models.backbone import check_window, core, embed
-from latent_sft.models.thoughts import Thoughts, placeholders
+from latent_sft.models.thoughts import Thoughts, iterate, placeholders
 
 
 class Piece(NamedTuple):
@@ -275,15 +275,17 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
 def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
     """Think M latents in T Jacobi iterations; `prompt` was read with the placeholders."""
     assert prompt.waiting is not None
-    count = thoughts.spec.num_latents
     hidden, piece = prompt.waiting
-    position = prompt.length[:, None] + torch.arange(count, device=hidden.device)
-    inputs = start = thoughts(prompt.last)[:, None] if thoughts.spec.iterations else hidden[:, :0]
-    for _ in range(thoughts.spec.iterations):
-        inputs = torch.cat([start, thoughts(hidden[:, :-1])], dim=1)
-        done = run(lm, inputs, position, piece.real, [prompt.piece])
-        hidden, piece = done.hidden, done.piece
-    return Thought((piece,), inputs, hidden[:, -1], prompt.length + count)
+    position = prompt.length[:, None] + torch.arange(thoughts.spec.num_latents, device=hidden.device)
+
+    def again(inputs: Tensor, final: bool) -> Tensor:
+        nonlocal piece
+        hidden, _, piece, _ = run(lm, inputs, position, piece.real, [prompt.piece])
+        return hidden
+
+    inputs, _, hidden = iterate(thoughts, prompt.last, hidden, again)
+    inputs = hidden[:, :0] if inputs is None else inputs
+    return Thought((piece,), inputs, hidden[:, -1], prompt.length + thoughts.spec.num_latents)
 
 
 def read_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,33 @@ def placeholders(thoughts: Thoughts, batch: int) -> Tensor:
     """Return the inputs `[B, M, D]` before the first iteration, also where ZeRO-3 shares the parameter out."""
     shape = (batch, thoughts.spec.num_latents, -1)
     return call_with(thoughts, lambda: thoughts.placeholder.expand(shape).clone())
+
+
+def iterate(
+    thoughts: Thoughts, last: Tensor, hidden: Tensor, read: Callable[[Tensor, bool], Tensor]
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Run T Jacobi iterations over all M latents at once (arXiv 2506.18582), for training and decoding alike.
+
+    The state of the last prompt token makes the first latent, which therefore never changes.
+
+    Args:
+        thoughts: f, M, T.
+        last: `[B, D]` hidden state of the last prompt token.
+        hidden: `[B, >= M, D]` those of the M placeholders, and what follows.
+        read: inputs `[B, M, D]`, whether it is the last pass -> last hidden states `[B, >= M, D]`.
+
+    Returns:
+        The inputs of the last pass (None for T = 0: the placeholders were pause tokens), the states `[B, M, D]` that
+        they were made of, and what the last pass returned.
+    """
+    inputs, before, others = None, hidden, thoughts.spec.num_latents - 1
+    start = thoughts(last)[:, None] if thoughts.spec.iterations else None
+    for iteration in range(thoughts.spec.iterations):
+        assert start is not None
+        before = hidden
+        inputs = torch.cat([start, thoughts(hidden[:, :others])], dim=1)
+        hidden = read(inputs, iteration == thoughts.spec.iterations - 1)
+    return inputs, torch.cat([last[:, None], before[:, :others]], dim=1), hidden
 
 
 def save_thoughts(thoughts: Thoughts, folder: Path) -> None:

@@ -332,8 +332,8 @@ def test_the_model_is_left_as_it_was():
     assert model.training and model.config._attn_implementation == "flash_attention_2"
     again = generate(model_of("llama"), SPEC, PROMPTS, thinker="latent")
     assert all(same(a, b) for a, b in zip(found, again, strict=True))
-    with pytest.raises(IndexError):
-        generate(model, SPEC, [[40, 2]], thinker="latent")  # an id beyond the table
+    with pytest.raises(ValueError, match="prompt: got the token id 40, expected ids below 40"):
+        generate(model, SPEC, [[40, 2]], thinker="latent")
     assert model.training and model.config._attn_implementation == "flash_attention_2"
 
 

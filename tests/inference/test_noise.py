@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from latent_sft.inference.noise import Noise, Sampling, sample
+from latent_sft.method.soft import SoftThinking
 from latent_sft.method.superposition import NOISE_DRAWS
-from latent_sft.method.types import LatentSpec
+from latent_sft.method.thinking import ExplicitThinking, LatentThinking, Thinking
+from latent_sft.method.types import LatentSpec, Soft
 
 SPEC = LatentSpec(
     think_ids=(2,), end_think_ids=(3,), eos_id=1, pad_id=0, vocab_size=9, top_k=4, noise_scale=1.0, max_latents=5
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_problem_draws_the_same_wherever_it_sits():
-    one, other = Noise(BOTH, SPEC, True, CPU), Noise(BOTH, SPEC, True, CPU)
+    one, other = Noise(BOTH, 4, CPU), Noise(BOTH, 4, CPU)
     together = [one.draw([4, 7, None]) for _ in range(2)]
     alone = [other.draw([7]) for _ in range(2)]
     for (tokens, latents), (token, latent) in zip(together, alone, strict=True):
@@ -31,35 +33,40 @@ def test_a_problem_draws_the_same_wherever_it_sits():
 
 
 def test_a_forgotten_problem_begins_anew():
-    noise = Noise(BOTH, SPEC, True, CPU)
+    noise = Noise(BOTH, 4, CPU)
     (first, _), (second, _) = noise.draw([3]), noise.draw([3])
     noise.forget(3)
     assert torch.equal(noise.draw([3])[0], first) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "latent", "drawn"),
+    ("sampling", "drawn"),
     [
-        (None, True, (False, False)),
-        (Sampling(), True, (False, False)),
-        (Sampling(temperature=1.0), True, (True, False)),
-        (Sampling(latent_noise=True), True, (False, True)),
-        (BOTH, False, (True, False)),
+        (None, (False, False)),
+        (Sampling(), (False, False)),
+        (Sampling(temperature=1.0), (True, False)),
+        (Sampling(latent_noise=True), (False, True)),
+        (BOTH, (True, True)),
     ],
 )
-def test_only_what_is_needed_is_drawn(sampling, latent, drawn):
-    assert tuple(d is not None for d in Noise(sampling, SPEC, latent, CPU).draw([0])) == drawn
-    silent = Noise(sampling, dataclasses.replace(SPEC, noise_scale=0.0), latent, CPU).draw([0])
-    assert tuple(d is not None for d in silent) == (drawn[0], False)
+def test_only_what_is_needed_is_drawn(sampling, drawn):
+    def draws(thinking: Thinking) -> tuple[bool, bool]:
+        noisy = sampling is not None and sampling.latent_noise
+        return tuple(d is not None for d in Noise(sampling, thinking.num_draws(noisy), CPU).draw([0]))
+
+    assert draws(LatentThinking(SPEC, CPU)) == drawn
+    assert draws(ExplicitThinking(SPEC, CPU)) == (drawn[0], False)
+    assert draws(LatentThinking(dataclasses.replace(SPEC, noise_scale=0.0), CPU)) == (drawn[0], False)
+    assert draws(SoftThinking(SPEC, CPU, soft=Soft(noise_scale=1.0))) == (drawn[0], True)  # by its own setting
+    assert draws(SoftThinking(SPEC, CPU, soft=Soft())) == (drawn[0], False)
 
 
 def test_top_p_leaves_only_the_nucleus():
     """Probabilities 0.6, 0.3, 0.1: top_p 0.5 keeps the first, 0.7 the first two (the one that crosses stays)."""
     logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(300, 3)
-    spec = dataclasses.replace(SPEC, vocab_size=3, top_k=2, think_ids=(0,), end_think_ids=(0,))
     for top_p, allowed in ((0.5, {0}), (0.7, {0, 1}), (1.0, {0, 1, 2})):
         sampling = Sampling(temperature=1.0, top_p=top_p)
-        drawn = sample(logits, Noise(sampling, spec, True, CPU).draw(range(300))[0], sampling).tolist()
+        drawn = sample(logits, Noise(sampling, 2, CPU).draw(range(300))[0], sampling).tolist()
         assert set(drawn) == allowed
     assert drawn.count(0) / 300 == pytest.approx(0.6, abs=0.09)  # three standard errors
 
@@ -67,8 +74,7 @@ def test_top_p_leaves_only_the_nucleus():
 def test_temperature_sharpens():
     """Probabilities 0.8 and 0.2: at temperature 1/2 their squares, 16/17 and 1/17."""
     sampling = Sampling(temperature=0.5)
-    spec = dataclasses.replace(SPEC, vocab_size=2, top_k=2, think_ids=(0,), end_think_ids=(0,))
-    noise = Noise(sampling, spec, True, CPU).draw(range(2000))[0]
+    noise = Noise(sampling, 2, CPU).draw(range(2000))[0]
     drawn = sample(torch.tensor([0.8, 0.2]).log().expand(2000, 2), noise, sampling).tolist()
     assert drawn.count(0) / 2000 == pytest.approx(16 / 17, abs=0.016)
 
@@ -85,5 +91,5 @@ def test_one_number_is_drawn_a_row_whatever_the_vocabulary(monkeypatch):
     asked = []
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *shape, **how: asked.append(rand(*shape, **how)) or asked[-1])
-    Noise(Sampling(temperature=1.0), dataclasses.replace(SPEC, vocab_size=152_000), True, CPU).draw(range(64))
+    Noise(Sampling(temperature=1.0), 0, CPU).draw(range(64))
     assert sum(drawn.numel() for drawn in asked) == 64

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference_thinkers import mixture
 from torch import Tensor
 
-from latent_sft.method.soft import mixture_of, soft_step
-from latent_sft.method.thinking import THINK, answer_phase, script_of, start
+from latent_sft.method.soft import SoftThinking, mixture_of
+from latent_sft.method.thinking import THINK, answer_phase
 from latent_sft.method.types import LatentSpec, Soft
 
 END, END2, EOS, PAD, X, Y, Z = 0, 1, 2, 3, 4, 5, 6
@@ -82,11 +82,12 @@ def run(
     tokens: list[int], spec: LatentSpec, soft: Soft, max_tokens: int = 9
 ) -> tuple[list[dict[int, float]], list[int]]:
     """Feed logits that give each token 60 % of the mass in turn; return what was fed and the phases before."""
-    state, script = start(1, spec, CPU), script_of(spec, CPU, 2)
+    thinking = SoftThinking(spec, CPU, soft=soft, max_tokens=max_tokens)
+    state = thinking.start([THINK])
     fed, phases = [], []
     for token in tokens:
         phases.append(int(state.phase))
-        out, state = soft_step(logits_of({token: 0.6, 7: 0.3}), state, spec, script, soft, max_tokens)
+        out, state = thinking.step(logits_of({token: 0.6, 7: 0.3}), state)
         fed.append({i: w for i, w in zip(out.ids[0].tolist(), out.weights[0].tolist(), strict=True) if w > 0})
     return fed, [*phases, int(state.phase)]
 
@@ -135,11 +136,12 @@ def test_cold_stop_counts_steps_in_a_row_and_takes_the_place_of_the_last():
         fed, _ = run([X, X, X, X], make_spec(), soft)
         assert fed[:2] == [MIX, MIX]
         assert (fed[2] == {END: 1.0}) is stops
-    state, script, spec = start(1, make_spec(), CPU), script_of(make_spec(), CPU, 2), make_spec()
     soft = Soft(temperature=1.0, top_k=2, top_p=1.0, cold_stop_entropy=1.078, cold_stop_steps=2)
+    thinking = SoftThinking(make_spec(), CPU, soft=soft, max_tokens=9)
+    state = thinking.start([THINK])
     flat = torch.zeros(1, 8) + torch.tensor([[0, 0, 0, 0, 0.1, 0, 0, 0]])
     for logits, cold in ((logits_of({X: 0.6, 7: 0.3}), 1), (flat, 0), (logits_of({X: 0.6, 7: 0.3}), 1)):
-        _, state = soft_step(logits, state, spec, script, soft, 9)
+        _, state = thinking.step(logits, state)
         assert int(state.cold) == cold and int(state.phase) == THINK
 
 
@@ -147,7 +149,8 @@ def test_noise_never_makes_the_end_the_heaviest_and_leaves_the_argmax_to_decide(
     spec, soft = make_spec(), Soft(temperature=1.0, top_k=2, top_p=1.0, cold_stop_entropy=0.0, noise_scale=1.0)
     draws = torch.tensor([[[-9.0, 9.0]], [[0.5, 0.0]]])  # the first would make the end token the heaviest
     logits = logits_of({X: 0.5, END: 0.4})
-    fed, state = soft_step(logits, start(1, spec, CPU), spec, script_of(spec, CPU, 2), soft, 9, draws=draws)
+    thinking = SoftThinking(spec, CPU, soft=soft, max_tokens=9)
+    fed, state = thinking.step(logits, thinking.start([THINK]), draws=draws)
     assert fed.ids.tolist() == [[X, END]] and int(state.phase) == THINK
     heavy = (5 / 9 * math.exp(0.5)) ** 2, (4 / 9) ** 2  # noise_temperature is 0.5
     torch.testing.assert_close(fed.weights, torch.tensor([[heavy[0], heavy[1]]]) / sum(heavy))

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latent_sft.method.superposition import gumbel
-from latent_sft.method.thinking import THINK, answer_phase, explicit_step, latent_step, script_of, start, thought_step
-from latent_sft.method.types import LatentSpec
+from latent_sft.method.thinking import THINK, ExplicitThinking, HiddenStateThinking, LatentThinking, answer_phase
+from latent_sft.method.types import LatentSpec, ThoughtSpec
 
 EOS, END, END2, END3, X, Y, PAD, THINK_ID = range(8)
 VOCAB = 8
+CPU = torch.device("cpu")
 
 
 def make_spec(**changes: Any) -> LatentSpec:
@@ -44,16 +45,15 @@ class Run(NamedTuple):
 
 def run(script: Tensor, spec: LatentSpec, draws: Tensor | None = None, max_tokens: int | None = None) -> list[Run]:
     """Feed `[B, steps, V]` scripted logits to the state machine (explicit thinking where `max_tokens` is given)."""
-    state, constants = start(len(script), spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    explicit = max_tokens is not None
+    thinking = ExplicitThinking(spec, CPU, max_tokens=max_tokens) if explicit else LatentThinking(spec, CPU)
+    state = thinking.start([THINK] * len(script))
     done = answer_phase(spec) + 1
     rows = [Run([], [], []) for _ in script]
     for step in range(script.shape[1]):
         logits = script[:, step]
         before = state
-        if max_tokens is None:
-            fed, state = latent_step(logits, before, spec, constants, draws=draws)
-        else:
-            fed, state = explicit_step(logits, before, spec, constants, max_tokens)
+        fed, state = thinking.step(logits, before, draws=draws)
         for b, row in enumerate(rows):
             row.phases.append(int(before.phase[b]))
             if before.phase[b] == done:
@@ -138,9 +138,10 @@ def test_explicit_thinking_ends_with_the_spelt_delimiter() -> None:
 
 def test_explicit_steps_do_not_count_the_delimiter() -> None:
     spec = make_spec(end_think_ids=(END, END2))
-    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    thinking = ExplicitThinking(spec, CPU, max_tokens=10)
+    state = thinking.start([THINK])
     for logits in says(X, Y, X, END, END2):
-        _fed, state = explicit_step(logits[None], state, spec, constants, 10)
+        _fed, state = thinking.step(logits[None], state)
     assert state.num_steps.tolist() == [3]
     assert state.phase.tolist() == [answer_phase(spec)]
 
@@ -152,18 +153,20 @@ def test_explicit_thinking_is_closed_after_the_limit() -> None:
 
 def test_an_eos_while_thinking_ends_the_row_without_an_answer() -> None:
     spec = make_spec(end_think_ids=(END, END2))
-    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    thinking = ExplicitThinking(spec, CPU, max_tokens=10)
+    state = thinking.start([THINK])
     for logits in says(X, EOS):
-        fed, state = explicit_step(logits[None], state, spec, constants, 10)
+        fed, state = thinking.step(logits[None], state)
     assert fed.ids.tolist() == [[EOS]]
     assert (state.phase.tolist(), state.num_steps.tolist(), state.num_answer.tolist()) == ([3], [2], [0])
 
 
 def test_start_in_the_answer_phase() -> None:
     spec = make_spec(end_think_ids=(END, END2))
-    state, constants = start(2, spec, torch.device("cpu"), answer_phase(spec)), script_of(spec, torch.device("cpu"))
+    thinking = LatentThinking(spec, CPU)
+    state = thinking.start([answer_phase(spec)] * 2)
     assert state.phase.tolist() == [2, 2]
-    fed, state = latent_step(torch.stack([says(X)[0], says(EOS)[0]]), state, spec, constants)
+    fed, state = thinking.step(torch.stack([says(X)[0], says(EOS)[0]]), state)
     assert fed.ids[:, 0].tolist() == [X, EOS] and fed.weights.tolist() == [[1.0, 0.0]] * 2
     assert state.phase.tolist() == [2, 3] and state.num_answer.tolist() == [1, 1]
 
@@ -171,9 +174,8 @@ def test_start_in_the_answer_phase() -> None:
 def test_given_answers_replace_the_argmax_but_not_the_stop() -> None:
     """Sampled tokens are written while answering; whether thinking stops is read from the logits themselves."""
     spec = make_spec()
-    state, constants = start(2, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
-    state = state._replace(phase=torch.tensor([THINK, 1]))
-    fed, state = latent_step(says(X, X), state, spec, constants, answers=torch.tensor([END, Y]))
+    thinking = LatentThinking(spec, CPU)
+    fed, state = thinking.step(says(X, X), thinking.start([THINK, 1]), answers=torch.tensor([END, Y]))
     assert fed.ids[0].tolist() == [X, Y] and fed.ids[1, 0] == Y
     assert state.phase.tolist() == [THINK, 1] and state.num_steps.tolist() == [1, 0]
 
@@ -250,16 +252,22 @@ def test_noise_of_one_row_does_not_touch_another(drawn: tuple[Tensor, LatentSpec
             assert latent == pytest.approx(expected)
 
 
+def two_thoughts(spec: LatentSpec) -> HiddenStateThinking:
+    return HiddenStateThinking(spec, CPU, thoughts=SimpleNamespace(spec=ThoughtSpec(num_latents=2, iterations=2)))
+
+
 def test_thoughts_are_of_a_fixed_number_whatever_the_model_would_say() -> None:
     """Two thoughts although the first logits say END; then the delimiter, the answer, and nothing more."""
     spec = make_spec(min_latents=0, max_latents=1)
-    state, constants = start(1, spec, torch.device("cpu")), script_of(spec, torch.device("cpu"))
+    thinking = two_thoughts(spec)
+    state = thinking.start([THINK])
     thinks, tokens, phases = [], [], []
     logits = says(END, X, Y, Y, X, EOS, X)
     for step, row in enumerate(logits):
         phases.append(int(state.phase[0]))
-        fed, here, state = thought_step(row[None], state, spec, constants, 2)
-        thinks.append(bool(here[0]))
+        before = int(state.num_steps)
+        fed, state = thinking.step(row[None], state)
+        thinks.append(int(state.num_steps) > before)
         if step < 2:  # what a thought says: the two largest logits are 4 and 2, and the end token is not left out
             assert fed.ids[0, 0] == row.argmax()
             assert fed.weights[0, :2].tolist() == pytest.approx([0.8807971, 0.1192029], rel=1e-5)
@@ -274,6 +282,6 @@ def test_thoughts_are_of_a_fixed_number_whatever_the_model_would_say() -> None:
 
 def test_sampled_answers_after_thoughts() -> None:
     spec = make_spec()
-    state, constants = start(1, spec, torch.device("cpu"), answer_phase(spec)), script_of(spec, torch.device("cpu"))
-    fed, here, after = thought_step(says(X), state, spec, constants, 2, answers=torch.tensor([Y]))
-    assert int(fed.ids[0, 0]) == Y and not bool(here[0]) and int(after.num_answer[0]) == 1
+    thinking = two_thoughts(spec)
+    fed, after = thinking.step(says(X), thinking.start([answer_phase(spec)]), answers=torch.tensor([Y]))
+    assert int(fed.ids[0, 0]) == Y and int(after.num_steps[0]) == 0 and int(after.num_answer[0]) == 1
