@@ -118,10 +118,11 @@ def test_models_without_latents_are_shown_too(
 
 
 def test_a_model_that_needs_the_reference_cot_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / SPEC_FILE).write_bytes((checkpoint / SPEC_FILE).read_bytes())
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "thinker.json").write_text(json.dumps({"thinker": "gold"}))
     with pytest.raises(ArtefactError, match=r"its thoughts are made from the reference CoT \('gold'\); expected"):
-        solve_one(tmp_path, PROBLEM)
+        load(tmp_path)
 
 
 def test_weights_are_used_in_the_dtype_they_were_saved_in(
