@@ -1,4 +1,4 @@
-"""Defaults <- one YAML <- `key=value` overrides, as frozen dataclasses. The only file that knows OmegaConf."""
+"""Defaults <- a YAML and those it inherits <- `key=value` overrides, as frozen dataclasses. Only here is OmegaConf."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.presets import inherited
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.methods import METHODS
+
+Layers = list[tuple[str, Any]]
+"""Where values come from (a file, an override), and the values."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -25,9 +29,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: missing file, broken YAML, unknown key (with a suggestion), wrong type, value out of range.
     """
-    layers: list[tuple[str, Any]] = []
-    if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+    layers = _read_files(Path(path)) if path is not None else []
     for text in overrides:
         key, sep, value = text.partition("=")
         if not sep or not key:
@@ -39,7 +41,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"override {text!r}: the value is not valid YAML; quote it.") from error
         layers.append((f"override {text!r}", layer))
     merged = OmegaConf.structured(Config)
-    if any(OmegaConf.select(layer, "compat") == "published" for _, layer in layers):
+    if [said for _, layer in layers if (said := OmegaConf.select(layer, "compat"))][-1:] == ["published"]:
         merged = OmegaConf.merge(merged, *(method.published for method in METHODS))
     try:
         merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
@@ -54,7 +56,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return _tuples(config)
 
 
-def _explain(merged: Any, layers: list[tuple[str, Any]]) -> None:
+def _explain(merged: Any, layers: Layers) -> None:
     """Merge layer by layer, which takes far longer than all at once, and raise a ConfigError for the one that fails."""
     for where, layer in layers:
         try:
@@ -74,6 +76,22 @@ def to_yaml(config: Config) -> str:
 def dotted_keys() -> list[str]:
     """Return every dotted key of the schema, sorted; the golden list of the tests and the source of suggestions."""
     return sorted(_keys(OmegaConf.to_container(OmegaConf.structured(Config)), ""))
+
+
+def _read_files(path: Path, above: tuple[Path, ...] = ()) -> Layers:
+    """Return a file's layer behind those of the files it inherits, which stand in its `defaults`."""
+    if path.resolve() in above:
+        chain = " -> ".join(str(p) for p in (*above[above.index(path.resolve()) :], path.resolve()))
+        raise ConfigError(f"{path}: inherits itself: {chain}; take it out of one of their `defaults`.")
+    layer = _read_yaml(path)
+    names = layer.pop("defaults", [])
+    if not OmegaConf.is_list(names) and names != []:
+        raise ConfigError(f"{path}: defaults: got {names!r}, expected a list of files to inherit, as [base.yaml].")
+    found: Layers = []
+    for name in names:
+        # a file that two others inherit counts once, where it is first
+        found += [x for x in _read_files(inherited(str(name), path), (*above, path.resolve())) if x not in found]
+    return [*found, (str(path), layer)]
 
 
 def _read_yaml(path: Path) -> Any:

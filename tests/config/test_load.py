@@ -202,6 +202,7 @@ def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) 
     assert config.latent.noise_scale == 0.5
     assert load_config(None).latent.exclude_end is True
     assert load_config(None, ["compat=published"]).latent.marker_positions == "stretched"
+    assert load_config(path, ["compat=none"]).latent.exclude_end is True
 
 
 @pytest.mark.parametrize(
@@ -246,3 +247,33 @@ def test_a_global_batch_is_the_only_one_to_say_what_a_step_takes(overrides: list
 def test_gradients_of_float16_need_their_scaler() -> None:
     with pytest.raises(ConfigError, match=r"cot.mixed_precision: got 'bf16', expected fp16, as model.dtype=float16"):
         load_config(None, ["model.dtype=float16", "cot.mixed_precision=bf16"])
+
+
+def test_files_inherit(write: Any, tmp_path: Path) -> None:
+    """Later ones win, whoever says `defaults`; of what two inherit, one is not undone by the other's copy of it."""
+    (tmp_path / "sub").mkdir()
+    write("seed: 1\nname: root\nlatent: {rate: 4, top_k: 3}\neval: {limit: 1}\n", "root.yaml")
+    write("defaults: [../root.yaml]\nlatent: {rate: 5}\n", "sub/left.yaml")
+    write("defaults: [root]\neval: {limit: 2}\n", "right.yaml")
+    config = load_config(write("defaults: [sub/left.yaml, right.yaml]\nseed: 9\n"), ["latent.top_k=6"])
+    found = (config.name, config.seed, config.latent.rate, config.latent.top_k, config.eval.limit)
+    assert found == ("root", 9, 5, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: [nowhere.yaml]", "experiment.yaml: defaults: 'nowhere.yaml' is no file beside it, and no preset."),
+        ("defaults: [bass]", "defaults: 'bass' is no file beside it, and no preset. Did you mean 'base'?"),
+        ("defaults: base.yaml", "experiment.yaml: defaults: got 'base.yaml', expected a list of files"),
+        ("defaults: [experiment.yaml]", "experiment.yaml: inherits itself: "),
+        ("defaults: [base.yaml]", "base.yaml: latent.rate: Value 'two'"),
+        ("defaults: [a.yaml]", "a.yaml -> {folder}/b.yaml -> {folder}/a.yaml; take it out of one of their `defaults`."),
+    ],
+)
+def test_a_mistake_in_what_is_inherited_names_the_files(write: Any, tmp_path: Path, text: str, message: str) -> None:
+    write("latent: {rate: two}", "base.yaml")
+    write("defaults: [b.yaml]", "a.yaml")
+    write("defaults: [a.yaml]", "b.yaml")
+    with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))):
+        load_config(write(text))
