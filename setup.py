@@ -37,7 +37,7 @@ setup(
     package_data={
         "latent_sft": ["py.typed"],
         "latent_sft.evaluation": ["templates/*"],
-        "latent_sft.presets": ["*.yaml"],
+        "latent_sft.presets": ["*.yaml", "bases/*.yaml"],
     },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
     install_requires=[

@@ -23,15 +23,24 @@ PREAMBLE = """# Configuration
 Every key an experiment can set, with its default. This page is written by `make docs-config` from the docstrings in
 `latent_sft/config/` and, for the sections of the methods, `latent_sft/methods/`; edit them there.
 
-Values come from three layers, the later ones stronger: these defaults, one YAML file, and `key=value` arguments:
+Values come from layers, the later ones stronger: these defaults, a YAML file, and `key=value` arguments:
 
 ```bash
 latent-sft run quickstart seed=1 latent.rate=4 stage2.learning_rate=1e-3
 latent-sft config quickstart seed=1    # prints the result
 ```
 
-An unknown key, a wrong type or a value out of range is one error that names the key. A stage's section is listed once
-where several stages share it.
+- **Files inherit.** `defaults: [base.yaml, other.yaml]` in a file puts these files below it, the later ones stronger. A
+  name is a file beside the one that says it, a preset (`quickstart`), or a base of the presets (`bases/small.yaml`).
+- **A method is off unless it is named.** A stage trains if its section stands in a file or in the arguments, be it
+  empty: `cot: {}`. A method's section that names none of its stages, `METHOD: {init: cot}`, names all of them.
+  `enabled` decides where it is given: `cot.enabled=false`.
+- **`train` is for every stage.** A file's `train: {batch_size: 16}` goes to all stages, and a stage's own section in
+  the same file says what differs there. A later layer is stronger as always: the argument `train.max_steps=10`
+  shortens every stage.
+
+An unknown key, a wrong type or a value out of range is one error that names the key. Sections of the same kind are
+listed once.
 """
 
 
@@ -54,14 +63,21 @@ class Section:
 
 def render() -> str:
     """Return the Markdown of all keys, section by section, in the order of `Config`."""
-    sections = _read_sections("\n".join(path.read_text(encoding="utf-8") for path in SCHEMA))
+    sections = _all_sections()
     sections["CommonConfig"].children += [
         (name, type(make()).__name__) for method in METHODS for name, make in method.sections.items()
     ]
-    spec_meanings = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
     order: list[str] = []
     _place(sections, "CommonConfig", "", order)
-    return "\n".join([PREAMBLE, *(_markdown(sections[name], spec_meanings) for name in order)])
+    return "\n".join([PREAMBLE, *(_markdown(sections[name]) for name in order)])
+
+
+def _all_sections() -> dict[str, Section]:
+    sections = _read_sections("\n".join(path.read_text(encoding="utf-8") for path in SCHEMA))
+    spec = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
+    rows = sections["LatentConfig"].rows
+    rows[:] = [(name, kind, default, meaning or spec.get(name, "")) for name, kind, default, meaning in rows]
+    return sections
 
 
 def _read_sections(source: str) -> dict[str, Section]:
@@ -89,17 +105,16 @@ def _place(sections: dict[str, Section], name: str, prefix: str, order: list[str
         _place(sections, kind, f"{prefix}{child}.", order)
 
 
-def _markdown(section: Section, spec_meanings: dict[str, str]) -> str:
+def _markdown(section: Section) -> str:
     places = [prefix.rstrip(".") for prefix in section.prefixes]
     title = ", ".join(f"`{place}`" for place in places) if any(places) else "Top level"
-    meanings = spec_meanings if places == ["latent"] else {}
     # keys of a section that occurs once are written in full, ready to copy
     prefix = section.prefixes[0] if len(places) == 1 else ""
     lines = [f"## {title}", "", section.doc, ""]
     if section.rows:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, kind, default, meaning in section.rows:
-            cells = (f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning or meanings.get(name, ""))
+            cells = (f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning)
             lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
         lines.append("")
     return "\n".join(lines)

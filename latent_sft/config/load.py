@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from latent_sft.config.experiment import Config
 from latent_sft.config.presets import inherited
 from latent_sft.errors import ConfigError, did_you_mean
-from latent_sft.methods import METHODS
+from latent_sft.methods import METHODS, SECTIONS
 
 Layers = list[tuple[str, Any]]
 """Where values come from (a file, an override), and the values."""
@@ -43,6 +43,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     merged = OmegaConf.structured(Config)
     if [said for _, layer in layers if (said := OmegaConf.select(layer, "compat"))][-1:] == ["published"]:
         merged = OmegaConf.merge(merged, *(method.published for method in METHODS))
+    given = {key for _, layer in layers for key in _keys(OmegaConf.to_container(layer), "")}
+    merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{place}.enabled=true" for place in _named(given)]))
+    layers = [(where, _spread(layer)) for where, layer in layers]
     try:
         merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
     except OmegaConfBaseException:
@@ -54,6 +57,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     return _tuples(config)
+
+
+def _named(given: set[str]) -> list[str]:
+    """Return the places of what is named: a stage by its own section, or by its method's where that names no stage."""
+
+    def is_named(place: str) -> bool:
+        return any(f"{key}.".startswith(f"{place}.") for key in given)
+
+    found = []
+    for method in METHODS:
+        places = [stage.section for stage in method.stages] or [method.settings]
+        inside = [place for place in places if place.startswith(f"{method.settings}.")]
+        found += [place for place in places if is_named(place)]
+        if is_named(method.settings) and not any(map(is_named, inside)):
+            found += inside
+    return found
+
+
+def _spread(layer: Any) -> Any:
+    # `train` of a file or override goes to every stage, below what the same file says of a stage itself
+    train = OmegaConf.select(layer, "train")
+    if not OmegaConf.is_dict(train):
+        return layer
+    stages = OmegaConf.create()
+    for section in SECTIONS.values():
+        OmegaConf.update(stages, section, train)
+    return OmegaConf.merge({"train": train}, stages, layer)  # `train` first, so that a mistake is reported there
 
 
 def _explain(merged: Any, layers: Layers) -> None:
@@ -91,6 +121,8 @@ def _read_files(path: Path, above: tuple[Path, ...] = ()) -> Layers:
     for name in names:
         # a file that two others inherit counts once, where it is first
         found += [x for x in _read_files(inherited(str(name), path), (*above, path.resolve())) if x not in found]
+    for key in [key for key, value in OmegaConf.to_container(layer).items() if value is None]:
+        layer[key] = {}  # `cot:` alone names a stage as `cot: {}` does
     return [*found, (str(path), layer)]
 
 
@@ -115,7 +147,8 @@ def _read_yaml(path: Path) -> Any:
 def _keys(node: dict[str, Any], prefix: str) -> list[str]:
     found: list[str] = []
     for name, value in node.items():
-        found += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+        # an empty section is a key: `cot: {}` names a stage
+        found += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + str(name)]
     return found
 
 

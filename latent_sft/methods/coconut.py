@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from latent_sft.config.training import TrainConfig, need, off
+from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Lengths, Number, count_tokens
 from latent_sft.method import layout
@@ -45,7 +45,7 @@ from latent_sft.models.thoughts import Thoughts
 class CoconutConfig:
     """Coconut: stage by stage one more CoT step gives way to latents, which are hidden states fed back as they are."""
 
-    train: TrainConfig = field(default_factory=off)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init: Literal["base", "cot"] = "cot"
     """What it starts from: the base model, or the `cot` stage's checkpoint."""
     latents_per_step: int = 2
@@ -72,7 +72,6 @@ class CoconutConfig:
         share = self.stage_share * max(0, last - self.first_stage)
         need(self.stage_share > 0 and share < 1, "coconut.stage_share", self.stage_share, "shares that sum to below 1")
         need(0 <= self.uniform_prob <= 1, "coconut.uniform_prob", self.uniform_prob, "0 to 1")
-        self.train.check("coconut.train")
 
     @property
     def num_latents(self) -> int:

@@ -19,11 +19,14 @@ def test_page_is_up_to_date() -> None:
 def test_every_key_is_on_the_page() -> None:
     page = document.render()
     distilled = ("codi.", "pccot.", "kava.")
-    shared = [*(f"{section}." for section in SECTIONS.values()), *(f"{name}kv." for name in distilled), *distilled]
+    stages = tuple(f"{section}." for section in SECTIONS.values())
+    shared = [*(f"{name}kv." for name in distilled), *distilled]
     for key in dotted_keys():
         # sections of the same dataclass are listed once, by the bare names of their keys
-        prefix = next((p for p in shared if key.startswith(p)), "")
-        assert f"| `{key.removeprefix(prefix)}` |" in page, key
+        prefix = next((p for p in (*stages, *shared) if key.startswith(p)), "")
+        name = key.removeprefix(prefix)
+        of_every_stage = prefix in stages and name not in ("enabled", "start_from")
+        assert f"| `{'train.' * of_every_stage}{name}` |" in page, key
 
 
 def test_meanings_come_from_the_string_below_a_field() -> None:
@@ -51,7 +54,7 @@ class Config:
         ("kind", "a | b", "'a'", "First line and second, with a | and `<x>` but <y>."),
         ("bare", "int", "3", ""),
     ]
-    lines = document._markdown(sections["Leaf"], {}).splitlines()
+    lines = document._markdown(sections["Leaf"]).splitlines()
     assert lines[0] == "## `left`, `right`"
     assert lines[-2:] == [
         r"| `kind` | `a \| b` | `'a'` | First line and second, with a \| and `<x>` but &lt;y>. |",
