@@ -1,4 +1,4 @@
-"""Render `docs/configuration.md` from the source of the schema, so that documentation and code cannot differ.
+"""Render `docs/configuration.md` and a JSON schema from the source of the schema, so that none of them can differ.
 
 Run as `python -m latent_sft.config.document docs/configuration.md` (`make docs-config`).
 """
@@ -6,12 +6,15 @@ Run as `python -m latent_sft.config.document docs/configuration.md` (`make docs-
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from latent_sft.config.experiment import Config
 from latent_sft.methods import METHODS
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -28,6 +31,7 @@ Values come from layers, the later ones stronger: these defaults, a YAML file, a
 ```bash
 latent-sft run quickstart seed=1 latent.rate=4 stage2.learning_rate=1e-3
 latent-sft config quickstart seed=1    # prints the result
+latent-sft config --schema > schema.json    # for editors: completion, meanings, mistakes
 ```
 
 - **Files inherit.** `defaults: [base.yaml, other.yaml]` in a file puts these files below it, the later ones stronger. A
@@ -70,6 +74,49 @@ def render() -> str:
     order: list[str] = []
     _place(sections, "CommonConfig", "", order)
     return "\n".join([PREAMBLE, *(_markdown(sections[name]) for name in order)])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of an experiment's file; ranges are checked on loading only."""
+    sections = _all_sections()
+    meanings = {name: {row[0]: row[3] for row in section.rows} for name, section in sections.items()}
+    kinds: dict[str, Any] = {}
+
+    def of(kind: Any) -> dict[str, Any]:
+        if dataclasses.is_dataclass(kind):
+            name = kind.__name__
+            if name not in kinds:
+                kinds[name] = {}  # its place, in the order of the page
+                kinds[name] |= {"type": "object", "additionalProperties": False, "properties": keys_of(kind)}
+                if name in sections:
+                    kinds[name]["description"] = sections[name].doc
+            return {"$ref": f"#/$defs/{name}"}
+        inner, origin = get_args(kind), get_origin(kind)
+        if origin is Literal:
+            return {"enum": list(inner)}
+        if origin is dict:
+            return {"type": "object", "additionalProperties": of(inner[1])}
+        if origin in (list, tuple):
+            fixed = origin is tuple and inner[-1] is not Ellipsis
+            return {"type": "array", "items": of(inner[0])} | (
+                {"minItems": len(inner), "maxItems": len(inner)} if fixed else {}
+            )
+        return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}[kind]}
+
+    def keys_of(kind: Any) -> dict[str, Any]:
+        types, found = get_type_hints(kind), {}
+        for f in dataclasses.fields(kind):
+            found[f.name] = of(types[f.name])
+            meaning = next((m for c in kind.__mro__ if (m := meanings.get(c.__name__, {}).get(f.name))), "")
+            found[f.name] |= {"description": meaning} if meaning else {}
+            found[f.name] |= {"default": f.default} if f.default is not dataclasses.MISSING else {}
+        return found
+
+    of(Config)
+    root = kinds.pop("Config")
+    inherit = {"type": "array", "items": {"type": "string"}, "description": "Files below this one, or presets."}
+    root["properties"] = {"defaults": inherit} | root["properties"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "latent-sft", **root, "$defs": kinds}
 
 
 def _all_sections() -> dict[str, Section]:
