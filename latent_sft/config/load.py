@@ -43,7 +43,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     merged = OmegaConf.structured(Config)
     if [said for _, layer in layers if (said := OmegaConf.select(layer, "compat"))][-1:] == ["published"]:
         merged = OmegaConf.merge(merged, *(method.published for method in METHODS))
-    given = {key for _, layer in layers for key in _keys(OmegaConf.to_container(layer), "")}
+    given: dict[str, Any] = {}
+    for _, layer in layers:
+        given |= _flat(OmegaConf.to_container(layer))
     merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{place}.enabled=true" for place in _named(given)]))
     layers = [(where, _spread(layer)) for where, layer in layers]
     try:
@@ -59,18 +61,21 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return _tuples(config)
 
 
-def _named(given: set[str]) -> list[str]:
-    """Return the places of what is named: a stage by its own section, or by its method's where that names no stage."""
+def _named(given: dict[str, Any]) -> list[str]:
+    """Return the places of what is named: a stage by its own section, or by its method's where that picks no stage."""
+    # to switch something off names nothing, else it would switch on what stands beside it
+    off = {key for key, value in given.items() if value is False and key.endswith(".enabled")}
 
     def is_named(place: str) -> bool:
-        return any(f"{key}.".startswith(f"{place}.") for key in given)
+        return any(f"{key}.".startswith(f"{place}.") for key in given if key not in off)
 
     found = []
     for method in METHODS:
         places = [stage.section for stage in method.stages] or [method.settings]
         inside = [place for place in places if place.startswith(f"{method.settings}.")]
         found += [place for place in places if is_named(place)]
-        if is_named(method.settings) and not any(map(is_named, inside)):
+        picked = [place for place in inside if is_named(place) and f"{place}.enabled" not in off]
+        if is_named(method.settings) and not picked:
             found += inside
     return found
 
@@ -105,7 +110,7 @@ def to_yaml(config: Config) -> str:
 
 def dotted_keys() -> list[str]:
     """Return every dotted key of the schema, sorted; the golden list of the tests and the source of suggestions."""
-    return sorted(_keys(OmegaConf.to_container(OmegaConf.structured(Config)), ""))
+    return sorted(_flat(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def _read_files(path: Path, above: tuple[Path, ...] = ()) -> Layers:
@@ -144,11 +149,12 @@ def _read_yaml(path: Path) -> Any:
     return layer
 
 
-def _keys(node: dict[str, Any], prefix: str) -> list[str]:
-    found: list[str] = []
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    # an empty section is a key: `cot: {}` names a stage
+    found: dict[str, Any] = {}
     for name, value in node.items():
-        # an empty section is a key: `cot: {}` names a stage
-        found += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + str(name)]
+        inside = isinstance(value, dict) and value
+        found |= _flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
     return found
 
 
@@ -156,7 +162,7 @@ def _unknown_key(where: str, layer: Any) -> str:
     known = dotted_keys()
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     sections |= {s.rsplit(".", 1)[0] for s in sections if "." in s}
-    given = _keys(OmegaConf.to_container(layer), "")
+    given = _flat(OmegaConf.to_container(layer))
     unknown = [key for key in given if key not in known and key not in sections]
     key = unknown[0] if unknown else "?"
     return f"{where}: unknown key {key!r}.{did_you_mean(key, known)}"
@@ -164,7 +170,7 @@ def _unknown_key(where: str, layer: Any) -> str:
 
 def _refused_key(layer: Any) -> str:
     # OmegaConf names no key where a section or a list is replaced as a whole: merge the keys one by one to find it
-    for key in _keys(OmegaConf.to_container(layer), ""):
+    for key in _flat(OmegaConf.to_container(layer)):
         try:
             OmegaConf.update(OmegaConf.structured(Config), key, OmegaConf.select(layer, key))
         except OmegaConfBaseException:

@@ -270,6 +270,10 @@ def test_gradients_of_float16_need_their_scaler() -> None:
         ("stage1: {noise_scale: 0.5}", [], ["stage1-encoder", "stage1-decoder", "stage1-union"]),
         ("stage1: {noise_scale: 0.5, union: {}}", [], ["stage1-union"]),
         ("stage1: {union: {}}", ["stage1.noise_scale=0.5", "stage2={}"], ["stage1-union", "stage2"]),
+        ("stage1: {noise_scale: 0.5}", ["stage1.encoder.enabled=false"], ["stage1-decoder", "stage1-union"]),
+        ("stage1: {decoder: {enabled: false}, union: {}}", ["stage1.union.max_steps=3"], ["stage1-union"]),
+        # switching off does not name
+        ("stage1: {encoder: {enabled: false}, decoder: {enabled: false}}", ["kava.train.enabled=false"], []),
         ("kava: {num_latents: 24}", [], ["kava"]),
         ("kava: {num_latents: 24, train: {enabled: false}}", ["kava.train.max_steps=3"], []),
         # what every stage has, and sections without a stage, name none

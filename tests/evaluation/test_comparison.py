@@ -20,7 +20,7 @@ FILE = """
 name: A <comparison>
 run_dir: {folder}/run
 cot: {{}}
-stage1: {{init: cot, union: {{enabled: false}}}}
+stage1: {{init: cot, encoder: {{enabled: false}}, decoder: {{enabled: false}}, union: {{enabled: false}}}}
 compare:
   seeds: [0, 1]
   bootstrap: 500
