@@ -9,8 +9,8 @@ ARGS ?=
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MPLBACKEND=Agg
 # two steps of every stage: proves that the pipeline runs, not that it learns
 SMOKE := name=smoke run_dir=runs/smoke data.synthetic.num_train=256 data.synthetic.num_validation=16 \
-	data.validation_size=16 data.synthetic.num_test=16 $(foreach stage,no_cot cot stage1.encoder stage1.decoder \
-	stage1.union stage2,$(stage).max_steps=2 $(stage).eval_every=2 $(stage).eval_examples=8)
+	data.validation_size=16 data.synthetic.num_test=16 train.max_steps=2 train.eval_every=2 \
+	train.eval_examples=8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-slow smoke check format docs-config

@@ -38,7 +38,7 @@ setup(
         "latent_sft": ["py.typed"],
         "latent_sft.evaluation": ["templates/*"],
         "latent_sft.export": ["templates/*"],
-        "latent_sft.presets": ["*.yaml"],
+        "latent_sft.presets": ["*.yaml", "bases/*.yaml"],
     },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
     install_requires=[

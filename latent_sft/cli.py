@@ -7,6 +7,7 @@ SIGUSR1 (what is done is saved; the same command goes on), 130 interrupted from 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -124,12 +125,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
-    export = experiment(
-        verb("export", _export, "a plain Hugging Face folder of an experiment, or of a checkpoint folder")
-    )
-    export.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write; default <run>/export, or export-MODEL"
-    )
+    export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
+    export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")
     export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
     export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
     export.add_argument("--private", action="store_true", help="make the repository private")
@@ -141,8 +138,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     plan.add_argument("--example-tokens", type=_tokens, metavar="P,C,A", help="prompt, CoT, answer of such a row")
     shown = experiment(verb("config", _config, "the resolved configuration as YAML"))
     shown.add_argument("--directory", action="store_true", help="the run directory alone")
+    shown.add_argument("--schema", action=_Schema, nargs=0, help="a JSON schema of such files, for editors; no CONFIG")
     verb("env", _env, "versions and devices")
     return parser, list(table.choices)
+
+
+class _Schema(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:  # prints and ends, as --version does
+        from latent_sft.config.document import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        parser.exit()
 
 
 def _stage(name: str) -> str:

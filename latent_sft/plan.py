@@ -20,11 +20,17 @@ MEANINGS = {
 
 
 def steps(config: Config) -> list[str]:
-    """Return the names of the steps this experiment runs, in order; a disabled stage is left out."""
+    """Return the names of the steps this experiment runs, in order; a stage that is not enabled is left out.
+
+    Raises:
+        ConfigError: none is.
+    """
     names: list[str] = []
     for name, stage in STAGES.items():
         if config.stage(name).enabled:
             names += [stage.reads.name, name] if stage.reads is not None and stage.reads.name else [name]
+    if not names:
+        raise ConfigError("no stage is enabled; expected one to be named, for example cot: {} in the file, or cot={}.")
     return [*names, "eval", "report", *(["export"] if exported(config) else [])]
 
 
@@ -76,10 +82,6 @@ def plan(config: Config, config_path: str | Path, overrides: Sequence[str] = ())
     stores = [stage.reads for stage in STAGES.values() if stage.reads is not None]
     meanings = {**MEANINGS, **{s.name: s.meaning for s in stores}, **{n: stage.meaning for n, stage in STAGES.items()}}
     lines = [f"# {config.name}: {len(chosen)} steps in {config.directory}, run one by one or with `| bash -e`"]
-    usual = Config()  # the other methods are off where nobody asks for them
-    skipped = [stage for stage in STAGES if stage not in chosen and usual.stage(stage).enabled]
-    if skipped:
-        lines.append(f"# disabled: {', '.join(skipped)}")
     for number, name in enumerate(chosen, start=1):
         lines += ["", f"# {number}. {name}: {meanings[name]} [{_status(config, name)}]"]
         if name in STAGES and config.launch.nproc > 1:

@@ -20,6 +20,9 @@ torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("project")
 
+# the sections of an experiment with both baselines and the whole method
+NAMED = ["no_cot={}", "cot={}", "stage1={}", "stage2={}"]
+
 # a model of 16 dimensions on 120 problems: seconds a stage, enough to run every line
 TINY = [
     "data.synthetic.num_train=120",
@@ -40,6 +43,11 @@ TINY = [
     "coconut.stage_share=0.25",
     *(f"{method}.{setting}" for method in ("pccot", "kava") for setting in ("num_latents=6", "iterations=2")),
     *("codi.num_latents=3", "codi.iterations=3"),
+    # the others train where a test asks for them
+    *(
+        f"{stage}.enabled={stage.startswith('stage') or stage in ('no_cot', 'cot')}".lower()
+        for stage in SECTIONS.values()
+    ),
     *(
         f"{stage}.{setting}"
         for stage in SECTIONS.values()

@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 @pytest.fixture
 def experiment(tmp_path: Path) -> str:
     path = tmp_path / "demo.yaml"
-    path.write_text(f"name: demo\nrun_dir: {tmp_path}/run\n")
+    path.write_text(f"name: demo\nrun_dir: {tmp_path}/run\nstage1:\nstage2:\n")
     return str(path)
 
 

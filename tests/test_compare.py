@@ -24,6 +24,7 @@ COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 FILE = """
 name: demo
 run_dir: {folder}/run
+stage1: {{}}
 compare: {{seeds: [0, 1], jobs: 2, variants: {{base: [cot.max_steps=1], other: [cot.max_steps=2]}}}}
 """
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 import transformers.dynamic_module_utils as dynamic
+from conftest import NAMED
 from models.families import FAMILIES, build
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -49,6 +50,7 @@ CONFIG = load_config(
         "data.synthetic.num_train=12",
         "data.synthetic.num_validation=4",
         "data.synthetic.num_test=4",
+        *NAMED,
         "stage1.encoder.enabled=false",
         "stage1.decoder.enabled=false",
         "latent.top_k=4",

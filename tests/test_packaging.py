@@ -46,7 +46,8 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 
 def test_wheel_holds_the_presets(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    presets = {f"latent_sft/presets/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = ROOT / "configs"
+    presets = {f"latent_sft/presets/{path.relative_to(configs)}" for path in configs.rglob("*.yaml")}
     assert presets | {"latent_sft/presets/__init__.py"} <= names
 
 

@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import NAMED
 
 from latent_sft import cli
 from latent_sft.config.experiment import Config
+from latent_sft.config.load import load_config
 from latent_sft.config.schema import DataConfig, LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, LatentSFTError
@@ -26,12 +28,12 @@ from latent_sft.methods.latent_sft import Stage1Config
 from latent_sft.plan import plan
 from latent_sft.runs import Step
 
-OFF = TrainConfig(enabled=False)
+OFF, ON = TrainConfig(), TrainConfig(enabled=True)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config(name="demo", run_dir=str(tmp_path / "run"))
+    return load_config(None, [*NAMED, "name=demo", f"run_dir={tmp_path / 'run'}"])
 
 
 def commands(text: str) -> list[list[str]]:
@@ -58,8 +60,8 @@ def test_whole_experiment_in_order(config: Config) -> None:
     ]
 
 
-def test_disabled_stages_are_left_out_and_named(config: Config) -> None:
-    config = replace(config, no_cot=OFF, stage1=Stage1Config(encoder=OFF, decoder=OFF))
+def test_stages_that_are_off_are_left_out(config: Config) -> None:
+    config = replace(config, no_cot=OFF, stage1=Stage1Config(union=ON))
     text = plan(config, "a.yaml")
     assert [c[1:-1] for c in commands(text)] == [
         ["train", "cot"],
@@ -70,7 +72,11 @@ def test_disabled_stages_are_left_out_and_named(config: Config) -> None:
         ["report"],
         ["export"],
     ]
-    assert "# disabled: no-cot, stage1-encoder, stage1-decoder\n" in text
+
+
+def test_an_experiment_that_names_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no stage is enabled; expected one to be named, for example cot: \{\}"):
+        plan(load_config(None, ["train.max_steps=5"]), "a.yaml")
 
 
 def test_without_stage2_nothing_needs_labels(config: Config) -> None:
@@ -104,7 +110,7 @@ def finish(config: Config, *parts: str) -> None:
 
 def test_evaluation_is_finished_once_every_model_is(config: Config) -> None:
     # two trained models; the empty test source leaves the validation split
-    config = replace(config, stage1=Stage1Config(encoder=OFF, decoder=OFF, union=OFF), stage2=OFF)
+    config = replace(config, stage1=Stage1Config(), stage2=OFF)
     config = replace(config, data=DataConfig(test=""))
     assert comment(plan(config, "a.yaml"), "eval").endswith("[to do]")
     finish(config, "eval", "cot", "validation")
@@ -173,8 +179,8 @@ def test_data_or_a_tokenizer_that_is_not_here_is_one_clear_error(config: Config)
 
 def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
     options = {**GPUS, "count": 1000, "example_tokens": (10, 20, 2)}
-    off = {"no_cot": OFF, "stage1": Stage1Config(encoder=OFF, decoder=OFF, union=OFF), "stage2": OFF}
-    config = replace(config, cot=TrainConfig(batch_size=5, accumulation=2), **off)
+    off = {"no_cot": OFF, "stage1": Stage1Config(), "stage2": OFF}
+    config = replace(config, cot=TrainConfig(enabled=True, batch_size=5, accumulation=2), **off)
     assert "# cot: 0.5 M trained" in forecast(config, **options)
     # 35 tokens a row with three of </think>; 1000 rows in steps of 20 on two GPUs
     assert "50 steps, 3.5e+04 tokens, time unknown (--tokens-per-second)" in forecast(config, **options)
@@ -188,7 +194,7 @@ def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
 
 def test_a_global_batch_takes_as_many_steps_on_any_number_of_gpus(config: Config) -> None:
     options = {"gpu_memory": 80, "count": 1000, "example_tokens": (10, 20, 2)}
-    config = replace(config, cot=TrainConfig(batch_size=5, global_batch_size=20))
+    config = replace(config, cot=TrainConfig(enabled=True, batch_size=5, global_batch_size=20))
     assert all("cot: 0.5 M trained, 0.00 GiB of weights; 50 steps" in forecast(config, n, **options) for n in (1, 4))
     with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 20, expected a multiple of 15 .*processes=3"):
         forecast(config, 3, **options)
@@ -205,7 +211,7 @@ def test_the_smallest_level_that_fits_is_recommended(config: Config) -> None:
 def test_a_whole_model_in_16_bit_counts_its_float32_weights(config: Config) -> None:
     """16 bytes a parameter without ZeRO, as in float32, and products in 16 bit; of float16 there is no other level."""
     options = {"count": 1000, "example_tokens": (10, 20, 2)}
-    off = {"no_cot": OFF, "stage1": Stage1Config(encoder=OFF, decoder=OFF, union=OFF), "stage2": OFF}
+    off = {"no_cot": OFF, "stage1": Stage1Config(), "stage2": OFF}
     found = {}
     for dtype in ("float32", "bfloat16", "float16"):
         text = forecast(replace(config, model=replace(config.model, dtype=dtype), **off), 1, 0.01, **options)

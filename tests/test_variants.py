@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import NAMED
 
 from latent_sft import cli
 from latent_sft.config.load import load_config, to_yaml
@@ -25,7 +26,10 @@ compare:
   variants:
     base: [stage2.enabled=false]
     wide: [latent.rate=4, cot.max_steps=7]
+no_cot: {{}}
 cot: {{max_steps: 5}}
+stage1:
+stage2:
 """
 
 
@@ -120,7 +124,7 @@ def made(config, name: str, **files: str) -> Path:
 
 @pytest.fixture
 def pair(tmp_path):
-    source = load_config(None, [f"run_dir={tmp_path}/one", "stage2.enabled=false"])
+    source = load_config(None, [*NAMED, f"run_dir={tmp_path}/one", "stage2.enabled=false"])
     return source, dataclasses.replace(source, run_dir=f"{tmp_path}/two")
 
 
@@ -172,8 +176,8 @@ def test_an_evaluation_is_taken_where_all_its_splits_are_done(pair):
     ],
 )
 def test_only_what_both_would_make_alike_is_taken(tmp_path, setting, taken):
-    source = load_config(None, [f"run_dir={tmp_path}/one"])
-    target = load_config(None, [f"run_dir={tmp_path}/two", "stage2.max_steps=3", setting])
+    source = load_config(None, [*NAMED, f"run_dir={tmp_path}/one"])
+    target = load_config(None, [*NAMED, f"run_dir={tmp_path}/two", "stage2.max_steps=3", setting])
     for name in ("base", "no-cot", "cot", "eval/cot/test"):
         made(source, name)
     (Path(source.directory) / "data").mkdir()

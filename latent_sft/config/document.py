@@ -1,4 +1,4 @@
-"""Render `docs/configuration.md` from the source of the schema, so that documentation and code cannot differ.
+"""Render `docs/configuration.md` and a JSON schema from the source of the schema, so that none of them can differ.
 
 Run as `python -m latent_sft.config.document docs/configuration.md` (`make docs-config`).
 """
@@ -6,12 +6,15 @@ Run as `python -m latent_sft.config.document docs/configuration.md` (`make docs-
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from latent_sft.config.experiment import Config
 from latent_sft.methods import METHODS
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -23,15 +26,25 @@ PREAMBLE = """# Configuration
 Every key an experiment can set, with its default. This page is written by `make docs-config` from the docstrings in
 `latent_sft/config/` and, for the sections of the methods, `latent_sft/methods/`; edit them there.
 
-Values come from three layers, the later ones stronger: these defaults, one YAML file, and `key=value` arguments:
+Values come from layers, the later ones stronger: these defaults, a YAML file, and `key=value` arguments:
 
 ```bash
 latent-sft run quickstart seed=1 latent.rate=4 stage2.learning_rate=1e-3
 latent-sft config quickstart seed=1    # prints the result
+latent-sft config --schema > schema.json    # for editors: completion, meanings, mistakes
 ```
 
-An unknown key, a wrong type or a value out of range is one error that names the key. A stage's section is listed once
-where several stages share it.
+- **Files inherit.** `defaults: [base.yaml, other.yaml]` in a file puts these files below it, the later ones stronger. A
+  name is a file beside the one that says it, a preset (`quickstart`), or a base of the presets (`bases/small.yaml`).
+- **A method is off unless it is named.** A stage trains if its section stands in a file or in the arguments, be it
+  empty: `cot: {}`. A method's section that names none of its stages, `METHOD: {init: cot}`, names all of them.
+  `enabled` decides where it is given: `cot.enabled=false` leaves the stage out, and names nothing.
+- **`train` is for every stage.** A file's `train: {batch_size: 16}` goes to all stages, and a stage's own section in
+  the same file says what differs there. A later layer is stronger as always: the argument `train.max_steps=10`
+  shortens every stage.
+
+An unknown key, a wrong type or a value out of range is one error that names the key. Sections of the same kind are
+listed once.
 """
 
 
@@ -54,14 +67,64 @@ class Section:
 
 def render() -> str:
     """Return the Markdown of all keys, section by section, in the order of `Config`."""
-    sections = _read_sections("\n".join(path.read_text(encoding="utf-8") for path in SCHEMA))
+    sections = _all_sections()
     sections["CommonConfig"].children += [
         (name, type(make()).__name__) for method in METHODS for name, make in method.sections.items()
     ]
-    spec_meanings = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
     order: list[str] = []
     _place(sections, "CommonConfig", "", order)
-    return "\n".join([PREAMBLE, *(_markdown(sections[name], spec_meanings) for name in order)])
+    return "\n".join([PREAMBLE, *(_markdown(sections[name]) for name in order)])
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of an experiment's file; ranges are checked on loading only."""
+    sections = _all_sections()
+    meanings = {name: {row[0]: row[3] for row in section.rows} for name, section in sections.items()}
+    kinds: dict[str, Any] = {}
+
+    def of(kind: Any) -> dict[str, Any]:
+        if dataclasses.is_dataclass(kind):
+            name = kind.__name__
+            if name not in kinds:
+                kinds[name] = {}  # its place, in the order of the page
+                kinds[name] |= {"type": "object", "additionalProperties": False, "properties": keys_of(kind)}
+                if name in sections:
+                    kinds[name]["description"] = sections[name].doc
+            return {"$ref": f"#/$defs/{name}"}
+        inner, origin = get_args(kind), get_origin(kind)
+        if origin is Literal:
+            return {"enum": list(inner)}
+        if origin is dict:
+            return {"type": "object", "additionalProperties": of(inner[1])}
+        if origin in (list, tuple):
+            fixed = origin is tuple and inner[-1] is not Ellipsis
+            return {"type": "array", "items": of(inner[0])} | (
+                {"minItems": len(inner), "maxItems": len(inner)} if fixed else {}
+            )
+        return {"type": {bool: "boolean", int: "integer", float: "number", str: "string"}[kind]}
+
+    def keys_of(kind: Any) -> dict[str, Any]:
+        types, found = get_type_hints(kind), {}
+        for f in dataclasses.fields(kind):
+            found[f.name] = of(types[f.name])
+            meaning = next((m for c in kind.__mro__ if (m := meanings.get(c.__name__, {}).get(f.name))), "")
+            found[f.name] |= {"description": meaning} if meaning else {}
+            found[f.name] |= {"default": f.default} if f.default is not dataclasses.MISSING else {}
+        return found
+
+    of(Config)
+    root = kinds.pop("Config")
+    inherit = {"type": "array", "items": {"type": "string"}, "description": "Files below this one, or presets."}
+    root["properties"] = {"defaults": inherit} | root["properties"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "latent-sft", **root, "$defs": kinds}
+
+
+def _all_sections() -> dict[str, Section]:
+    sections = _read_sections("\n".join(path.read_text(encoding="utf-8") for path in SCHEMA))
+    spec = _attribute_meanings((PACKAGE / "method/types.py").read_text(encoding="utf-8"), "LatentSpec")
+    rows = sections["LatentConfig"].rows
+    rows[:] = [(name, kind, default, meaning or spec.get(name, "")) for name, kind, default, meaning in rows]
+    return sections
 
 
 def _read_sections(source: str) -> dict[str, Section]:
@@ -89,17 +152,16 @@ def _place(sections: dict[str, Section], name: str, prefix: str, order: list[str
         _place(sections, kind, f"{prefix}{child}.", order)
 
 
-def _markdown(section: Section, spec_meanings: dict[str, str]) -> str:
+def _markdown(section: Section) -> str:
     places = [prefix.rstrip(".") for prefix in section.prefixes]
     title = ", ".join(f"`{place}`" for place in places) if any(places) else "Top level"
-    meanings = spec_meanings if places == ["latent"] else {}
     # keys of a section that occurs once are written in full, ready to copy
     prefix = section.prefixes[0] if len(places) == 1 else ""
     lines = [f"## {title}", "", section.doc, ""]
     if section.rows:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, kind, default, meaning in section.rows:
-            cells = (f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning or meanings.get(name, ""))
+            cells = (f"`{prefix}{name}`", f"`{kind}`", f"`{default}`", meaning)
             lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
         lines.append("")
     return "\n".join(lines)

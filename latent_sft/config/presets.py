@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,3 +37,18 @@ def resolve_config(name: str) -> Path:
     beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent != Path() else []
     hint = did_you_mean(name, [*presets, *beside]) if presets or beside else " Give the path of a YAML file."
     raise ConfigError(f"{name}: no such configuration file, and no preset of that name.{hint}")
+
+
+def inherited(name: str, file: Path) -> Path:
+    """Return the file that `name`, with or without `.yaml`, means in the `defaults` of `file`.
+
+    Raises:
+        ConfigError: neither a file beside it nor a preset, or a base of the presets.
+    """
+    presets = preset_paths()
+    for folder in (file.parent, *sorted({path.parent for path in presets.values()})):
+        for path in (folder / name, folder / f"{name}.yaml"):
+            if path.is_file():
+                return Path(os.path.normpath(path))
+    near = [*presets, *(path.stem for path in file.parent.glob("*.yaml"))]
+    raise ConfigError(f"{file}: defaults: {name!r} is no file beside it, and no preset.{did_you_mean(name, near)}")

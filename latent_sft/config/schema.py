@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from typing import Literal
 
-from latent_sft.config.training import need
+from latent_sft.config.training import TrainDefaults, need
 
 INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
@@ -376,6 +376,7 @@ class CommonConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    train: TrainDefaults = field(default_factory=TrainDefaults)
     compare: CompareConfig = field(default_factory=CompareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -383,6 +384,7 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        self.train.check("train")
         need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")

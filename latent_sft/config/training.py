@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from latent_sft.errors import ConfigError
 
@@ -15,15 +15,9 @@ def need(ok: bool, key: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How one stage is trained."""
+class TrainDefaults:
+    """How every stage is trained, unless its own section, which has the same keys, says otherwise."""
 
-    enabled: bool = True
-    start_from: str = ""
-    """Folder of weights to start from instead of what the stage would start from: a finished stage of another run
-    (RUN/STAGE), an export, or any folder of transformers with the sizes and the tokenizer of `model`. Known by its
-    content, not by its path. A phase of stage 1 takes encoder, decoder and marker from a folder of stage 1; a stage
-    that trains one model takes its decoder."""
     max_steps: int = 0
     """Optimizer steps; 0 trains `epochs`."""
     epochs: float = 1.0
@@ -71,7 +65,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = 0
 
-    def shared(self, section: str, processes: int) -> TrainConfig:
+    def shared(self, section: str, processes: int) -> Self:
         """Return the settings with the accumulation that `global_batch_size`, where it is given, means for a job.
 
         Raises:
@@ -107,6 +101,14 @@ class TrainConfig:
         need(self.save_total_limit >= 1, f"{section}.save_total_limit", self.save_total_limit, "an integer >= 1")
 
 
-def off() -> TrainConfig:
-    """Return the settings of a stage that is not trained unless it is asked for."""
-    return TrainConfig(enabled=False)
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainDefaults):
+    """How one stage is trained: every key of `train`, and its own."""
+
+    enabled: bool = False
+    """On where the section is named in the file or on the command line, unless it says false here."""
+    start_from: str = ""
+    """Folder of weights to start from instead of what the stage would start from: a finished stage of another run
+    (RUN/STAGE), an export, or any folder of transformers with the sizes and the tokenizer of `model`. Known by its
+    content, not by its path. A phase of stage 1 takes encoder, decoder and marker from a folder of stage 1; a stage
+    that trains one model takes its decoder."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from latent_sft.config.training import TrainConfig, need, off
+from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Lengths, Number, count_tokens
 from latent_sft.method import layout
@@ -54,7 +54,7 @@ from latent_sft.models.thoughts import Thoughts
 class CoconutConfig:
     """Coconut: stage by stage one more CoT step gives way to latents, which are hidden states fed back as they are."""
 
-    train: TrainConfig = field(default_factory=off)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init: Literal["base", "cot"] = "cot"
     """What it starts from: the base model, or the `cot` stage's checkpoint."""
     latents_per_step: int = 2

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import TrainerCallback
 
-from latent_sft.config.training import TrainConfig, need, off
+from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Number, count_tokens
 from latent_sft.inference.solve import Thinker
@@ -32,7 +32,7 @@ EVERYTHING = 1 << 20  # more tokens than any CoT has
 class ICoTConfig:
     """iCoT: in training, token after token of the CoT is left out, until the model answers at once."""
 
-    train: TrainConfig = field(default_factory=off)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init: Literal["base", "cot"] = "base"
     """What it starts from: the base model, or the `cot` stage's checkpoint."""
     remove_per_epoch: float = 8.0

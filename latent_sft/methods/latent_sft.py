@@ -367,7 +367,7 @@ def _before(name: str, settings: Stage1Config) -> str | None:
 def _last_phase(settings: Stage1Config) -> str:
     phases = _enabled(settings)
     if not phases:
-        raise ConfigError("stage1: all three phases are disabled, but labels and stage 2 need an encoder.")
+        raise ConfigError("stage1: no phase is trained, but labels and stage 2 need an encoder: name stage1 or one.")
     return phases[-1]
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latent_sft.config.training import TrainConfig, need, off
+from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Lengths, count_tokens
 from latent_sft.memory import Backbone, Weights, one_model
@@ -103,7 +103,7 @@ class SelfDistillConfig:
     Defaults that are not those below: codi has num_latents=6, iterations=6 and hidden_embedding=true, pccot
     projection=false, kava hidden_weight=10, kv.weight=1 and kv.layer_std=true."""
 
-    train: TrainConfig = field(default_factory=off)
+    train: TrainConfig = field(default_factory=TrainConfig)
     """`ce_weight` weighs the student's cross-entropy."""
     init: Literal["base", "cot"] = "base"
     num_latents: int = 24

@@ -15,10 +15,12 @@ from omegaconf.errors import ValidationError
 from latent_sft.config.experiment import Config
 from latent_sft.config.load import dotted_keys, load_config, to_yaml
 from latent_sft.config.schema import LatentConfig
+from latent_sft.config.training import TrainDefaults
 from latent_sft.errors import ConfigError
 from latent_sft.methods import SECTIONS, STAGES
 
 GOLDEN = Path(__file__).with_name("dotted_keys.txt")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_an_empty_file_is_the_defaults(write: Any) -> None:
 
 
 def test_values_arrive_as_the_schemas_types() -> None:
-    overrides = ["stage2.learning_rate=1e-3", "latent.noise_clip=[-1,2]", "name=123", "eval.splits=[test]"]
+    overrides = ["stage1={}", "stage2.learning_rate=1e-3", "latent.noise_clip=[-1,2]", "name=123", "eval.splits=[test]"]
     config = load_config(None, overrides)
     assert config.stage2.learning_rate == 1e-3
     assert config.latent.noise_clip == (-1.0, 2.0)
@@ -154,7 +156,7 @@ def test_config_is_frozen() -> None:
 
 def test_every_stage_has_its_own_settings() -> None:
     for number, stage in enumerate(STAGES):
-        config = load_config(None, [f"{SECTIONS[stage]}.max_steps={100 + number}"])
+        config = load_config(None, ["cot={}", "stage1={}", f"{SECTIONS[stage]}.max_steps={100 + number}"])
         steps = {name: config.stage(name).max_steps for name in STAGES}
         assert steps.pop(stage) == 100 + number
         assert set(steps.values()) == {0}
@@ -165,15 +167,20 @@ def test_run_directory_is_named_after_the_experiment_unless_given() -> None:
     assert load_config(None, ["name=gsm8k", "run_dir=/data/x"]).directory == "/data/x"
 
 
+def documented_keys() -> list[str]:
+    """Return every key that has a meaning of its own: those that each stage has stand once, in `train`."""
+    shared = {f"{section}.{f.name}" for section in SECTIONS.values() for f in dataclasses.fields(TrainDefaults)}
+    return [key for key in dotted_keys() if key not in shared]
+
+
 def test_keys_are_the_golden_list() -> None:
     """Every key a user can set, so that adding, renaming or removing one is seen in review."""
     golden = GOLDEN.read_text(encoding="utf-8").split()
-    found = dotted_keys()
+    found = documented_keys()
     added, removed = sorted(set(found) - set(golden)), sorted(set(golden) - set(found))
     assert found == golden, (
         f"configuration keys changed: added {added}, removed {removed}. If that is meant, note it in CHANGELOG.md and "
-        "write the list again: python -c 'from latent_sft.config.load import dotted_keys; "
-        f'print(*dotted_keys(), sep="\\n")\' > tests/config/{GOLDEN.name}'
+        f"write the list again: python {Path(__file__).relative_to(ROOT)}"
     )
 
 
@@ -202,6 +209,7 @@ def test_compat_published_changes_defaults_and_nothing_else_wins_less(tmp_path) 
     assert config.latent.noise_scale == 0.5
     assert load_config(None).latent.exclude_end is True
     assert load_config(None, ["compat=published"]).latent.marker_positions == "stretched"
+    assert load_config(path, ["compat=none"]).latent.exclude_end is True
 
 
 @pytest.mark.parametrize(
@@ -246,3 +254,110 @@ def test_a_global_batch_is_the_only_one_to_say_what_a_step_takes(overrides: list
 def test_gradients_of_float16_need_their_scaler() -> None:
     with pytest.raises(ConfigError, match=r"cot.mixed_precision: got 'bf16', expected fp16, as model.dtype=float16"):
         load_config(None, ["model.dtype=float16", "cot.mixed_precision=bf16"])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "on"),
+    [
+        ("", [], []),
+        ("cot: {}", [], ["cot"]),
+        ("cot:", [], ["cot"]),
+        ("cot: {max_steps: 5}", ["cot.enabled=false"], []),
+        ("cot: {enabled: false}", ["cot.max_steps=5"], []),
+        ("cot: {enabled: false, max_steps: 5}", ["cot.enabled=true"], ["cot"]),
+        ("", ["no_cot.max_steps=5"], ["no-cot"]),
+        # a method's section names its stages, unless it picks some
+        ("stage1: {noise_scale: 0.5}", [], ["stage1-encoder", "stage1-decoder", "stage1-union"]),
+        ("stage1: {noise_scale: 0.5, union: {}}", [], ["stage1-union"]),
+        ("stage1: {union: {}}", ["stage1.noise_scale=0.5", "stage2={}"], ["stage1-union", "stage2"]),
+        ("stage1: {noise_scale: 0.5}", ["stage1.encoder.enabled=false"], ["stage1-decoder", "stage1-union"]),
+        ("stage1: {decoder: {enabled: false}, union: {}}", ["stage1.union.max_steps=3"], ["stage1-union"]),
+        # switching off does not name
+        ("stage1: {encoder: {enabled: false}, decoder: {enabled: false}}", ["kava.train.enabled=false"], []),
+        ("kava: {num_latents: 24}", [], ["kava"]),
+        ("kava: {num_latents: 24, train: {enabled: false}}", ["kava.train.max_steps=3"], []),
+        # what every stage has, and sections without a stage, name none
+        ("train: {max_steps: 5}\nlabels: {batch_size: 4}\nlatent: {rate: 4}", ["train.batch_size=3"], []),
+    ],
+)
+def test_a_stage_trains_where_it_is_named(write: Any, text: str, overrides: list[str], on: list[str]) -> None:
+    config = load_config(write(text), overrides)
+    assert [stage for stage in STAGES if config.stage(stage).enabled] == on
+    assert load_config(write(to_yaml(config))) == config  # the resolved file names all, and says which are on
+
+
+def test_a_method_that_trains_nothing_is_named_too() -> None:
+    assert load_config(None, ["cot={}", "soft_thinking.top_k=3"]).soft_thinking.enabled
+    assert not load_config(None, ["soft_thinking.top_k=3", "soft_thinking.enabled=false"]).soft_thinking.enabled
+
+
+def test_train_is_for_every_stage_and_a_stage_says_what_differs(write: Any) -> None:
+    config = load_config(write("cot: {batch_size: 4}\ntrain: {batch_size: 8, max_steps: 7}\n"))
+    assert (config.cot.batch_size, config.cot.max_steps) == (4, 7)
+    assert {config.stage(stage).batch_size for stage in STAGES if stage != "cot"} == {8}
+    assert config.train.batch_size == 8
+    # a later layer is stronger, of either kind
+    config = load_config(write("cot: {batch_size: 4, max_steps: 7}\n"), ["train.max_steps=2", "no_cot.max_steps=3"])
+    found = (config.cot.max_steps, config.cot.batch_size, config.no_cot.max_steps, config.stage2.max_steps)
+    assert found == (2, 4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=two", "override 'train.max_steps=two': train.max_steps: Value 'two'"),
+        ("train.batch_size=0", "train.batch_size: got 0, expected an integer >= 1."),
+        ("train.max_step=1", "unknown key 'train.max_step'. Did you mean 'train.max_steps'?"),
+        ("train.enabled=true", "unknown key 'train.enabled'"),
+        ("train=5", "override 'train=5': train: "),
+    ],
+)
+def test_a_mistake_in_train_is_reported_there(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, [override])
+
+
+def test_files_inherit(write: Any, tmp_path: Path) -> None:
+    """Later ones win, whoever says `defaults`; of what two inherit, one is not undone by the other's copy of it."""
+    (tmp_path / "sub").mkdir()
+    write("seed: 1\nname: root\nlatent: {rate: 4, top_k: 3}\neval: {limit: 1}\n", "root.yaml")
+    write("defaults: [../root.yaml]\nlatent: {rate: 5}\n", "sub/left.yaml")
+    write("defaults: [root]\neval: {limit: 2}\n", "right.yaml")
+    config = load_config(write("defaults: [sub/left.yaml, right.yaml]\nseed: 9\n"), ["latent.top_k=6"])
+    found = (config.name, config.seed, config.latent.rate, config.latent.top_k, config.eval.limit)
+    assert found == ("root", 9, 5, 6, 2)
+
+
+def test_what_a_base_names_is_on_unless_the_file_says_otherwise(write: Any) -> None:
+    write("train: {batch_size: 8}\ncot: {batch_size: 4}\nno_cot: {}\n", "base.yaml")
+    config = load_config(write("defaults: [base.yaml]\nno_cot: {enabled: false}\ntrain: {max_steps: 3}\n"))
+    assert (config.cot.enabled, config.no_cot.enabled) == (True, False)
+    assert (config.cot.batch_size, config.cot.max_steps, config.stage2.batch_size) == (4, 3, 8)
+
+
+def test_a_preset_and_its_bases_can_be_inherited(write: Any) -> None:
+    config = load_config(write("defaults: [quickstart, bases/compare]\nname: mine\n"))
+    assert (config.name, config.data.synthetic.num_train, len(config.compare.variants)) == ("mine", 30_000, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: [nowhere.yaml]", "experiment.yaml: defaults: 'nowhere.yaml' is no file beside it, and no preset."),
+        ("defaults: [bass]", "defaults: 'bass' is no file beside it, and no preset. Did you mean 'base'?"),
+        ("defaults: base.yaml", "experiment.yaml: defaults: got 'base.yaml', expected a list of files"),
+        ("defaults: [experiment.yaml]", "experiment.yaml: inherits itself: "),
+        ("defaults: [base.yaml]", "base.yaml: latent.rate: Value 'two'"),
+        ("defaults: [a.yaml]", "a.yaml -> {folder}/b.yaml -> {folder}/a.yaml; take it out of one of their `defaults`."),
+    ],
+)
+def test_a_mistake_in_what_is_inherited_names_the_files(write: Any, tmp_path: Path, text: str, message: str) -> None:
+    write("latent: {rate: two}", "base.yaml")
+    write("defaults: [b.yaml]", "a.yaml")
+    write("defaults: [a.yaml]", "b.yaml")
+    with pytest.raises(ConfigError, match=re.escape(message.format(folder=tmp_path))):
+        load_config(write(text))
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("\n".join(documented_keys()) + "\n", encoding="utf-8")

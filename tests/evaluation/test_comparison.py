@@ -19,9 +19,8 @@ from latent_sft.variants import Job, jobs_of
 FILE = """
 name: A <comparison>
 run_dir: {folder}/run
+cot: {{}}
 stage1: {{init: cot, encoder: {{enabled: false}}, decoder: {{enabled: false}}, union: {{enabled: false}}}}
-stage2: {{enabled: false}}
-no_cot: {{enabled: false}}
 compare:
   seeds: [0, 1]
   bootstrap: 500

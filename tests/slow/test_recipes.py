@@ -22,7 +22,7 @@ from latent_sft.config.load import load_config
 from latent_sft.config.presets import resolve_config
 from latent_sft.data.prompts import render_prompt
 from latent_sft.inference.show import read_spec
-from latent_sft.methods import MODELS, SECTIONS, STAGES
+from latent_sft.methods import MODELS, STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -38,8 +38,7 @@ SIZES = [
     "latent.max_latents=8",
     "latent.max_answer_tokens=8",
     *(
-        f"{section}.{setting}"
-        for section in SECTIONS.values()
+        f"train.{setting}"
         for setting in (
             "max_steps=2",
             "log_every=1",
