@@ -244,9 +244,10 @@ def shared_start(setup: Setup) -> Stage1Model:
         ArtefactError: the phase before was trained with two models.
     """
     if (Path(setup.root) / MARKER_FILE).exists():
+        first = _enabled(setup.settings)[0].removeprefix("stage1-")
         raise ConfigError(
-            f"start_from: {setup.root} holds an encoder and a decoder, expected one model where stage1.share_backbone "
-            "is true. Give one of its two folders."
+            f"stage1.{first}.start_from: {setup.root} holds an encoder and a decoder, expected one model where "
+            "stage1.share_backbone is true. Give one of its two folders."
         )
     encoder = load_lm(setup.root, setup.model)
     decoder, marker = twin(encoder), initial_marker(encoder, setup.spec)

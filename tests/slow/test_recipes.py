@@ -22,11 +22,11 @@ from latent_sft.config.load import load_config
 from latent_sft.config.presets import resolve_config
 from latent_sft.data.prompts import render_prompt
 from latent_sft.inference.show import read_spec
-from latent_sft.methods import SECTIONS, STAGES
+from latent_sft.methods import MODELS, SECTIONS, STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-EXPORTED = {"gsm8k_llama1b": "stage2", "math_qwen7b": "stage2", "kava_llama1b": "kava", "codi_llama1b": "codi",
+EXPORTED = {"gsm8k_llama1b": "latent-sft", "math_qwen7b": "latent-sft", "kava_llama1b": "kava", "codi_llama1b": "codi",
             "pccot_gpt2": "pccot", "coconut_gpt2": "coconut", "simcot_llama1b": "simcot-codi"}  # fmt: skip
 SIZES = [
     "data.validation_size=3",
@@ -46,7 +46,8 @@ SIZES = [
             "eval_every=1",
             "eval_examples=2",
             "batch_size=2",
-            "accumulation=2",
+            "accumulation=1",
+            "global_batch_size=4",
         )
     ),
 ]
@@ -71,7 +72,7 @@ def read(path: Path) -> Any:
 @pytest.mark.parametrize("nproc", [1, 2])
 @pytest.mark.parametrize("recipe", EXPORTED)
 def test_a_recipe_runs_to_its_export(recipe: str, nproc: int, bases: dict[str, Path], tmp_path: Path) -> None:
-    run, stage = tmp_path / "run", EXPORTED[recipe]
+    run, model = tmp_path / "run", EXPORTED[recipe]
     settings = [
         *data_overrides(recipe, 12, tmp_path),
         *SIZES,
@@ -81,11 +82,11 @@ def test_a_recipe_runs_to_its_export(recipe: str, nproc: int, bases: dict[str, P
         f"labels.num_processes={nproc}",
     ]
     latent_sft("run", recipe, *settings)
-    latent_sft("export", recipe, *settings, "--stage", stage, "--out", str(tmp_path / "export"))
+    latent_sft("export", recipe, *settings, "--model", model, "--out", str(tmp_path / "export"))
 
     config = load_config(resolve_config(recipe), settings)
     trained = [name for name in STAGES if config.stage(name).enabled]
-    assert trained[-1] == stage
+    assert trained[-1] == MODELS[model].stages[-1]
     for name in trained:
         manifest = read(run / name / "manifest.json")
         assert manifest["status"] == "finished"
@@ -103,8 +104,8 @@ def test_a_recipe_runs_to_its_export(recipe: str, nproc: int, bases: dict[str, P
     # the export thinks in the caller's own process, from the prompt that it was trained on
     out = tmp_path / "export"
     tokenizer = AutoTokenizer.from_pretrained(out)
-    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    reasoner = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     spec = read_spec(out)
     prompt = render_prompt(tokenizer, spec, QUESTION.format(5000))
-    output = model.generate(torch.tensor([prompt]), max_new_tokens=4)
+    output = reasoner.generate(torch.tensor([prompt]), max_new_tokens=4)
     assert output.shape[1] > len(prompt)

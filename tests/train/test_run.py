@@ -219,7 +219,7 @@ def test_where_weights_of_another_run_lie_does_not_matter(tiny_config, other_run
     moved = shutil.copytree(other_run / "kava" / "final", tmp_path / "moved")
     assert step_of(moved).fingerprint == step_of(other_run / "kava").fingerprint
     assert step_of(moved).fingerprint != step_of(other_run / "stage1-encoder").fingerprint
-    assert step_of(moved).inputs["labels"] == Workspace(tiny_config("stage1.init=cot")).step("stage1-union").fingerprint
+    assert step_of(moved).inputs["store"] == Workspace(tiny_config("stage1.init=cot")).step("stage1-union").fingerprint
 
 
 @pytest.mark.parametrize(

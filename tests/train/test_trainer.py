@@ -216,7 +216,7 @@ def test_finite_steps_pass_and_any_other_value_stops(tmp_path):
 
 
 def test_too_few_rows_for_a_step_are_refused(tiny_config):
-    with pytest.raises(TrainingError, match=r"no-cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
+    with pytest.raises(TrainingError, match=r"no_cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
         train_stage(tiny_config("data.synthetic.num_train=6"), "no-cot")
     train = tiny_config("cot.accumulation=2").cot
     check_rows(48, train, "cot", 3)

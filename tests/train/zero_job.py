@@ -94,10 +94,10 @@ def count_decoded(path: Path) -> None:
     """Write down how many rows this process decodes at each validation."""
     original = share.solve
 
-    def solve(thinker, model, spec, rows, **options):
+    def solve(thinker, spec, rows, **options):
         with path.open("a") as handle:
             handle.write(f"{len(rows)}\n")
-        return original(thinker, model, spec, rows, **options)
+        return original(thinker, spec, rows, **options)
 
     share.solve = solve
 
