@@ -164,6 +164,21 @@ def test_the_student_has_the_losses_it_has_alone():
     }
 
 
+def test_positions_count_from_0_on_codi_and_from_1_on_coconut():
+    """A Llama sees differences alone; a table of positions (GPT-2) does not."""
+    config, settings = CoconutConfig(max_stage=2), codi_settings()
+    for model, batch, first in (
+        (codi_model(settings), codi_rows(rows_of(EXAMPLES), settings), 0),
+        (coconut_model(config), coconut_rows(EXAMPLES, 2, config), 1),
+    ):
+        seen: list[Tensor] = []
+        model.decoder.model.register_forward_pre_hook(
+            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        model(**batch)
+        assert [ids.tolist() for ids in seen[0]] == [[*range(first, first + seen[0].shape[1])]] * len(seen[0])
+
+
 def test_nine_steps_fill_seven_slots():
     settings = SelfDistillConfig(num_latents=6, iterations=6, drop_last_step=False)
     batch = codi_rows(rows_of([NINE]), settings)
