@@ -285,6 +285,7 @@ def test_interrupt_says_how_to_go_on(
         (["run", "{experiment}", "latent.rte=4"], "unknown key 'latent.rte'. Did you mean 'latent.rate'?"),
         (["run", "{experiment}", "latent.rate=0"], "latent.rate: got 0, expected an integer >= 1"),
         (["plan", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["generate", "folder", "2 + 3", "--picture", "row.gif"], "--picture: got row.gif, expected a file"),
     ],
 )
 def test_configuration_mistakes(
