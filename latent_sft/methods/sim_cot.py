@@ -142,7 +142,7 @@ def with_steps(rows: Sequence[TokenRow], collate: Collate, base: SelfDistillConf
     Raises:
         DataError: a row does not say where its steps end.
     """
-    batch = collate(list(rows))
+    batch = collate([dict(row) for row in rows])
     written = [_written(row, base) for row in rows]
     found = [(b, k, [*ids, eos]) for b, steps in enumerate(written) for k, ids in enumerate(steps)]
     sizes = torch.zeros(slots_of(base))
@@ -226,7 +226,7 @@ def _on(student: Stage, key: str, meaning: str) -> Stage:
 
     def model(setup: Setup) -> nn.Module:
         settings, base, how = setup.settings, getattr(setup.settings, key), decoder_model(setup)
-        decoder = load_lm(setup.base, how)
+        decoder: Any = load_lm(setup.base, how)
         if decoder.dtype != getattr(torch, how.dtype):
             raise ConfigError(
                 f"sim_cot.decoder: got 'full', expected lora, launch.zero below 3 or model.dtype=float32: with ZeRO-3 "
@@ -234,7 +234,8 @@ def _on(student: Stage, key: str, meaning: str) -> Stage:
             )
         if settings.decoder == "lora":
             decoder = trainable(decoder, setup.model.lora)
-        return SimCotModel(student.model(inner(setup)), decoder, _per_slot(base), slots_of(base))
+        thinking: Any = student.model(inner(setup))
+        return SimCotModel(thinking, decoder, _per_slot(base), slots_of(base))
 
     def batch(setup: Setup) -> Collate:
         collate, base = student.batch(inner(setup)), getattr(setup.settings, key)
