@@ -77,8 +77,8 @@ class DataConfig:
     """Empty: `validation_size` rows are split off train, seeded by `split_seed`; never taken from test."""
     test: str = "synthetic"
     """Empty: no test set."""
-    format: Literal["records", "gsm8k", "icot", "steps"] = "records"
-    """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; icot: problem||steps ####
+    format: Literal["records", "gsm8k", "lines", "steps"] = "records"
+    """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; lines: problem||steps ####
     answer lines; steps: JSON list with question/steps/answer."""
     validation_format: str = ""
     """Format of the validation source where it differs (empty: as `format`)."""
@@ -113,8 +113,8 @@ class DataConfig:
         names = [f.name for f in fields(FieldsConfig)]
         for split in ("validation", "test"):
             form, other = f"{split}_format", f"{split}_fields"
-            known = getattr(self, form) in ("", "records", "gsm8k", "icot", "steps")
-            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, icot or steps")
+            known = getattr(self, form) in ("", "records", "gsm8k", "lines", "steps")
+            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, lines or steps")
             need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
         need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")

@@ -42,7 +42,7 @@ class RowFormat:
     """How rows are read.
 
     Attributes:
-        name: `records`, `gsm8k`, `icot` or `steps`.
+        name: `records`, `gsm8k`, `lines` or `steps`.
         fields: field names of the `records` format.
         equations: of a `gsm8k` rationale keep only the `<<...>>` steps (GSM8K-Aug style).
         need_cot: an empty or unusable chain of thought is an error; evaluation needs problem and answer only.
@@ -60,14 +60,14 @@ def parse_row(value: Any, row_format: RowFormat, *, default_id: str) -> Record:
     """Return the record of a decoded row.
 
     Args:
-        value: JSON value, or a line of text for the `icot` format.
+        value: JSON value, or a line of text for the `lines` format.
         row_format: how to read it.
         default_id: id of a row that has none.
 
     Raises:
         DataError: `field 'x': what is wrong; expected y.`, without the place, which the caller knows.
     """
-    parse = {"records": _records, "gsm8k": _gsm8k, "icot": _icot, "steps": _question_steps}[row_format.name]
+    parse = {"records": _records, "gsm8k": _gsm8k, "lines": _lines, "steps": _question_steps}[row_format.name]
     return parse(value, row_format, default_id)
 
 
@@ -129,7 +129,7 @@ def _gsm8k(value: Any, row_format: RowFormat, default_id: str) -> Record:
     return _record(default_id, _text(row, "question"), cot, answer, row_format, field="answer", what=what)
 
 
-def _icot(value: Any, row_format: RowFormat, default_id: str) -> Record:
+def _lines(value: Any, row_format: RowFormat, default_id: str) -> Record:
     if not isinstance(value, str):
         raise DataError(f"row: got {type(value).__name__}; expected a line 'problem||steps #### answer'.")
     problem, bars, rest = value.partition("||")

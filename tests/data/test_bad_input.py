@@ -213,7 +213,7 @@ def test_a_file_damaged_as_a_whole_is_refused_however_bad_rows_are_treated(
     file, content, message = FILES[name]
     (tmp_path / file).write_bytes(content)
     whole = message if on_error == "raise" else f"{message}|no usable rows"
-    check(tmp_path / file, whole, on_error=on_error, format="icot" if ".txt" in file else "records")
+    check(tmp_path / file, whole, on_error=on_error, format="lines" if ".txt" in file else "records")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

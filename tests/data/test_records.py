@@ -79,7 +79,7 @@ def test_every_split_may_have_names_and_a_format_of_its_own(tmp_path: Path) -> N
     lines = tmp_path / "b.txt"
     lines.write_text("q||<<1+1=2>> #### 2\n")
     test = write_jsonl(tmp_path / "c.jsonl", [{"question": "r", "solution": "s", "answer": "3"}])
-    settings = {"validation_format": "icot", "test_fields": {"problem": "question", "cot": "solution"}}
+    settings = {"validation_format": "lines", "test_fields": {"problem": "question", "cot": "solution"}}
     splits = load_splits(DataConfig(train=train, validation=str(lines), test=test, **settings))
     found = [(r.problem, r.cot, r.answer) for r in (*splits.train, *splits.validation, *splits.test)]
     assert found == [("p", "c", "1"), ("q", "<<1+1=2>>", "2"), ("r", "s", "3")]
@@ -121,7 +121,7 @@ def test_thousands_separators_leave_numeric_answers_only(tmp_path: Path, load: C
 
 def test_icot_lines_and_coconut_json() -> None:
     icot = load_splits(
-        DataConfig(train=str(FIXTURES / "icot_gsm8k_valid_10.txt"), test="", format="icot", validation_size=1)
+        DataConfig(train=str(FIXTURES / "icot_gsm8k_valid_10.txt"), test="", format="lines", validation_size=1)
     )
     assert len(icot.train) == 9
     first = next(r for r in icot.train + icot.validation if r.id == "train-1")
@@ -209,14 +209,14 @@ def test_a_bad_row_is_one_error_with_its_place(name: str, tmp_path: Path, load: 
         ("gsm8k", '{"question": "q", "answer": "#### 5"}', r"field 'answer': empty chain of thought \(nothing before"),
         ("gsm8k", '{"question": "q", "answer": "r #### "}', r"field 'answer': empty; expected an answer after '####'"),
         ("steps", '{"question": "q", "answer": "5", "steps": []}', r"field 'steps': empty list"),
-        ("icot", "problem only", r"row: no '\|\|'; expected 'problem\|\|steps #### answer'"),
-        ("icot", "p||<<1+1=2>>", r"row: no '####'"),
-        ("icot", "p|| #### 9", r"field 'steps': empty chain of thought"),
-        ("icot", " ||<<1+1=2>> #### 9", r"field 'problem': empty"),
+        ("lines", "problem only", r"row: no '\|\|'; expected 'problem\|\|steps #### answer'"),
+        ("lines", "p||<<1+1=2>>", r"row: no '####'"),
+        ("lines", "p|| #### 9", r"field 'steps': empty chain of thought"),
+        ("lines", " ||<<1+1=2>> #### 9", r"field 'problem': empty"),
     ],
 )
 def test_bad_rows_of_the_public_formats(row_format: str, line: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / ("train.txt" if row_format == "icot" else "train.jsonl")
+    path = tmp_path / ("train.txt" if row_format == "lines" else "train.jsonl")
     path.write_text(line + "\n")
     with pytest.raises(DataError, match=rf"train\.\w+:1: {message}"):
         _ = load_splits(DataConfig(train=str(path), test="", format=row_format)).train  # type: ignore[arg-type]
