@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -49,8 +50,11 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     Raises:
         ConfigError: it cannot be found.
     """
+    options = _hub_options(config)
+    with contextlib.suppress(OSError, ValueError):  # an export is read as the type it was trained as, and not warned of
+        options["config"] = load_config(path, **options)
     try:
-        return AutoTokenizer.from_pretrained(path, **_hub_options(config))
+        return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path: no tokenizer at {str(path)!r} ({_first_line(error)}).") from error
 
