@@ -102,7 +102,7 @@ def _writer(work: Workspace, store: Store) -> LabelWriter:
 def _write_missing(work: Workspace, name: str, rank: int, world_size: int) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
     store = _read_by(name)
-    model = store.model(work.setup(name)).to(device)
+    model = store.model(work.store_setup(store)).to(device)
     writer, train = _writer(work, store), work.data["train"]
     missing = writer.missing_shards(rank, world_size)
     total = sum(len(writer.rows_of(s)) for s in missing)

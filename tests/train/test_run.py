@@ -19,6 +19,7 @@ from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ArtefactError, ConfigError, Interrupted
 from latent_sft.methods import SECTIONS
 from latent_sft.runs import Step
+from latent_sft.stores import make_labels
 from latent_sft.train.interruption import last_checkpoint
 from latent_sft.train.run import train_stage
 from latent_sft.workspace import Workspace
@@ -210,6 +211,20 @@ def test_a_stage_starts_from_weights_of_another_run(tiny_config, other_run, stag
         shared = found.keys() & expected.keys()
         assert {"model.embed_tokens.weight", "marker"} & shared
         assert not [name for name in shared if not torch.equal(found[name], expected[name])]
+
+
+def test_labels_come_from_the_encoder_wherever_the_student_starts(tiny_config, other_run):
+    """Stage 2 with weights of another run still learns the latents of its own run's last phase."""
+    plain = ("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
+    train_stage(tiny_config(*plain), "stage1-union")
+    found = []
+    for start in ((), (f"stage2.start_from={other_run / 'kava'}",)):
+        config = tiny_config(*plain, *start)
+        folder = Path(config.directory) / "labels"
+        make_labels(config)
+        found.append([path.read_bytes() for path in sorted(folder.rglob("labels-*.arrow"))])
+        shutil.rmtree(folder)
+    assert found[0] and found[0] == found[1]
 
 
 def test_where_weights_of_another_run_lie_does_not_matter(tiny_config, other_run, tmp_path):
