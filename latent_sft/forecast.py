@@ -32,7 +32,7 @@ from latent_sft.method.losses import CHUNK_BYTES_ACCELERATOR
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.methods import STAGES, method_of
 from latent_sft.methods.base import Setup
-from latent_sft.models.backbone import core, head_table, input_table
+from latent_sft.models.backbone import head_table, input_table, unwrap_peft
 from latent_sft.models.load import add_lora, load_config, load_tokenizer, tiny_hf_config
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.train.zero import BUCKET
@@ -170,7 +170,7 @@ def measure(config: Config, vocab_size: int) -> Backbone:
             lm = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.model.dtype))
         except ValueError as error:
             raise ConfigError(f"model.name_or_path: not a causal decoder ({str(error).splitlines()[0]}).") from error
-        size = sum(p.numel() for p in core(lm).parameters())
+        size = sum(p.numel() for p in unwrap_peft(lm).parameters())
         head = 0 if head_table(lm) is input_table(lm) else head_table(lm).numel()
         largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in lm.modules())
         adapters = 0
@@ -212,7 +212,7 @@ def load_of(stage: str, setup: Setup, examples: Examples) -> Load:
     """Return how much a stage computes, from batches made as training makes them."""
     collate, train = STAGES[stage].batch(setup), setup.train
     sample = collate(examples.sample)
-    rows = train.batch_size
+    rows = train.micro_batch_size
     if train.max_tokens:
         one = collate(examples.longest[:1])
         rows = max(1, train.max_tokens // max(one[key].shape[1] for key in ("kind", "encoder_kind") if key in one))
@@ -329,7 +329,7 @@ def _extent(train: TrainConfig, load: Load, count: int, gpus: int) -> tuple[int,
     """Return optimizer steps and decoder tokens of a stage."""
     # token batches of the average row hold more rows than those of the longest
     rows = max(1, int(train.max_tokens / load.tokens)) if train.max_tokens else load.rows
-    a_step = rows * train.accumulation * gpus
+    a_step = rows * train.gradient_accumulation_steps * gpus
     if train.max_steps:
         return train.max_steps, train.max_steps * a_step * load.tokens
     return math.ceil(train.epochs * count / a_step), train.epochs * count * load.tokens

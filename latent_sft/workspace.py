@@ -114,9 +114,9 @@ class Workspace:
         # what does not decide how much a step takes; what it starts from is known by its weights, `source`
         unused = {"max_tokens", "global_batch_size"}
         if train.max_tokens:
-            unused = {"batch_size", "global_batch_size"}
+            unused = {"micro_batch_size", "global_batch_size"}
         elif train.global_batch_size:
-            unused = {"batch_size", "accumulation", "max_tokens"}
+            unused = {"micro_batch_size", "gradient_accumulation_steps", "max_tokens"}
         settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in {*_WATCHING, *unused, "start_from"}}
         inputs: dict[str, Any] = {
             "step": name,

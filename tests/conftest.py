@@ -55,7 +55,7 @@ TINY = [
             "max_steps=4",
             "eval_every=2",
             "eval_examples=8",
-            "batch_size=8",
+            "micro_batch_size=8",
             "learning_rate=3e-3",
             "log_every=1",
         )

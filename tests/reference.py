@@ -28,7 +28,7 @@ class Settings:
     projection: str = "input"
     marker_positions: str = "stretched"
     exclude_end: bool = False
-    normalisation: str = "token"
+    loss_reduction: str = "token"
     ce_weight: float = 1.0
     kl_weight: float = 1.0
 
@@ -230,25 +230,25 @@ def log_probability(logits: Sequence[float], token: int) -> float:
     return logits[token] - top - math.log(math.fsum(math.exp(value - top) for value in logits))
 
 
-def normalise(examples: Sequence[Sequence[Sequence[Any]]], normalisation: str) -> Any:
+def normalise(examples: Sequence[Sequence[Sequence[Any]]], loss_reduction: str) -> Any:
     """Reduce losses[example][segment][token], where the segments are S_2, ..., S_N and E with A (sections 1.5, 1.8).
 
     token: mean over all tokens (published code). segment: mean over an example's segments of the mean over the
     segment's tokens, then over examples (paper). sample: mean over an example's tokens, then over examples.
     """
-    if normalisation == "token":
+    if loss_reduction == "token":
         flat = [loss for segments in examples for segment in segments for loss in segment]
         return sum(flat) / len(flat)
-    if normalisation == "segment":
+    if loss_reduction == "segment":
         means = [sum(sum(segment) / len(segment) for segment in segments) / len(segments) for segments in examples]
         return sum(means) / len(means)
-    if normalisation == "sample":
+    if loss_reduction == "sample":
         means = []
         for segments in examples:
             flat = [loss for segment in segments for loss in segment]
             means.append(sum(flat) / len(flat))
         return sum(means) / len(means)
-    raise ValueError(normalisation)
+    raise ValueError(loss_reduction)
 
 
 def kl_divergence(teacher: dict[int, float], logits: Sequence[float]) -> float:
@@ -331,7 +331,7 @@ def stage1_loss(encoder: Any, marker: Tensor, decoder: Any, examples: Sequence[E
         ]
         hidden = _hidden(decoder.model, inputs, slots, supervision_visible)
         losses.append(_token_losses(decoder.lm_head(hidden), slots))
-    return settings.ce_weight * normalise(losses, settings.normalisation)
+    return settings.ce_weight * normalise(losses, settings.loss_reduction)
 
 
 def stage2_loss(
@@ -354,7 +354,7 @@ def stage2_loss(
                 total = sum(teacher.values())
                 terms.append(sum(a / total * (math.log(a / total) - row[v]) for v, a in teacher.items() if a > 0))
         kl_losses.append(sum(terms) / len(terms))
-    ce = normalise(ce_losses, settings.normalisation)
+    ce = normalise(ce_losses, settings.loss_reduction)
     kl = sum(kl_losses) / len(kl_losses)
     return settings.ce_weight * ce + settings.kl_weight * kl, ce, kl
 

@@ -106,8 +106,8 @@ def test_what_cannot_be_loaded(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"there is no latent_spec\.json\. Expected an exported folder"):
         latent_sft.load(tmp_path)
     encoder = Path(shutil.copytree(checkpoint, tmp_path / "decoder"))
-    (encoder / "thinker.json").write_text('{"thinker": "gold"}')
-    with pytest.raises(ArtefactError, match=r"decoder: its thoughts are made from the reference CoT \('gold'\)"):
+    (encoder / "thinker.json").write_text('{"thinker": "oracle"}')
+    with pytest.raises(ArtefactError, match=r"decoder: its thoughts are made from the reference CoT \('oracle'\)"):
         latent_sft.load(encoder)
 
 

@@ -170,7 +170,7 @@ def test_mistakes_give_one_message_and_status_two(tmp_path, settings, message, c
 
 
 def test_evaluation_reads_its_own_split_and_leaves_no_problem_out_for_its_cot(tmp_path, capsys):
-    """Six problems, of which one has a usable CoT: six are graded, and the gold path says what it lacks."""
+    """Six problems, of which one has a usable CoT: six are graded, and the oracle latents says what it lacks."""
     good = [{"problem": f"{i} + 1", "cot": f"{i} + 1 = {i + 1}", "answer": i + 1} for i in range(30)]
     odd = [{"cot": "1 + 7 = 8"}, {"cot": "1 " * 500}, {"cot": "1 </think> 1"}, {}, {"cot": ["1"]}, {"steps": "1"}]
     test = [{"problem": f"{i} + 7", "answer": i + 7, **cot} for i, cot in enumerate(odd, start=1)]

@@ -168,7 +168,7 @@ def test_two_nodes_stop_together_and_one_process_goes_on(tiny_config, tmp_path: 
     only_union = ["stage1.encoder.enabled=false", "stage1.decoder.enabled=false"]
     train = ["stage1.union.max_steps=40", "stage1.union.eval_every=40"]
     configs = {
-        name: tiny_config(f"run_dir={tmp_path / name}", *only_union, *train, f"stage1.union.batch_size={batch}")
+        name: tiny_config(f"run_dir={tmp_path / name}", *only_union, *train, f"stage1.union.micro_batch_size={batch}")
         for name, batch in (("whole", 8), ("stopped", 4))
     }
     path, folder = tmp_path / "stopped.yaml", tmp_path / "stopped" / "stage1-union"

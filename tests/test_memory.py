@@ -95,7 +95,7 @@ def only(config: Config, stage: str) -> Config:
 
 def test_work_of_a_stage_is_that_of_its_batches(tiny_config):
     """Tokens as the Trainer counts them, and the batch of the longest rows."""
-    config = tiny_config(*ONE_PHASE, "cot.batch_size=120", "stage2.max_tokens=500")
+    config = tiny_config(*ONE_PHASE, "cot.micro_batch_size=120", "stage2.max_tokens=500")
     examples, work = read_examples(config), Workspace(config)
     rows = list(work.data["train"])
     load = load_of("cot", plan_setup(config, "cot", examples), examples)

@@ -180,7 +180,7 @@ def test_data_or_a_tokenizer_that_is_not_here_is_one_clear_error(config: Config)
 def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
     options = {**GPUS, "count": 1000, "example_tokens": (10, 20, 2)}
     off = {"no_cot": OFF, "stage1": Stage1Config(), "stage2": OFF}
-    config = replace(config, cot=TrainConfig(enabled=True, batch_size=5, accumulation=2), **off)
+    config = replace(config, cot=TrainConfig(enabled=True, micro_batch_size=5, gradient_accumulation_steps=2), **off)
     assert "# cot: 0.5 M trained" in forecast(config, **options)
     # 35 tokens a row with three of </think>; 1000 rows in steps of 20 on two GPUs
     assert "50 steps, 3.5e+04 tokens, time unknown (--tokens-per-second)" in forecast(config, **options)
@@ -194,7 +194,7 @@ def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
 
 def test_a_global_batch_takes_as_many_steps_on_any_number_of_gpus(config: Config) -> None:
     options = {"gpu_memory": 80, "count": 1000, "example_tokens": (10, 20, 2)}
-    config = replace(config, cot=TrainConfig(enabled=True, batch_size=5, global_batch_size=20))
+    config = replace(config, cot=TrainConfig(enabled=True, micro_batch_size=5, global_batch_size=20))
     assert all("cot: 0.5 M trained, 0.00 GiB of weights; 50 steps" in forecast(config, n, **options) for n in (1, 4))
     with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 20, expected a multiple of 15 .*processes=3"):
         forecast(config, 3, **options)

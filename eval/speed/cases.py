@@ -30,7 +30,7 @@ from latent_sft.method.layout import fixed_segments
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.methods import STAGES
 from latent_sft.methods.cot import ExplicitModel, explicit_batch
-from latent_sft.methods.latent_sft import gold_latents, stage1_batch, stage2_batch
+from latent_sft.methods.latent_sft import oracle_latents, stage1_batch, stage2_batch
 from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel, distill_batch
 from latent_sft.methods.self_distill import kava as kava_settings
 from latent_sft.models.stage1 import Stage1Model
@@ -291,7 +291,7 @@ def _stage1(case: Case, device: str) -> dict[str, Way]:
     if case.part == "decoder":
         latents = random_labels(-(-case.cot[0] // case.rate), case.size.vocab, 0)
         given["label_of"] = lambda _id, _hash: latents
-    batch = partial(stage1_batch, rows, fast.spec, normalisation="token", **given)
+    batch = partial(stage1_batch, rows, fast.spec, loss_reduction="token", **given)
     inputs = partial(plain.stage1_inputs, rows, fast.spec)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
@@ -308,7 +308,7 @@ def _stage2(case: Case, device: str) -> dict[str, Way]:
     fast, slow = Stage2Model(build_lm(case.size, 0, device), spec_of(case.size)).train(), build_lm(case.size, 0, device)
     rows = rows_of(case)
     labels = {row["id"]: random_labels(len(row["cot"]), case.size.vocab, i) for i, row in enumerate(rows)}
-    batch = partial(stage2_batch, rows, fast.spec, label_of=lambda row, _: labels[row], normalisation="token")
+    batch = partial(stage2_batch, rows, fast.spec, label_of=lambda row, _: labels[row], loss_reduction="token")
     inputs = partial(plain.stage2_inputs, rows, list(labels.values()), fast.spec)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
@@ -328,7 +328,7 @@ def _labels(case: Case, device: str) -> dict[str, Way]:
     order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])  # as the `label` stage does
 
     def step(_: Any) -> list[Superposition]:
-        found = dict(zip(order, gold_latents(fast, [rows[i] for i in order], LABEL_BATCH), strict=True))
+        found = dict(zip(order, oracle_latents(fast, [rows[i] for i in order], LABEL_BATCH), strict=True))
         return [found[i] for i in range(len(rows))]
 
     some = rows[: case.items[1]]
@@ -391,9 +391,9 @@ def _kava(case: Case, device: str) -> dict[str, Way]:
         weights = {"ce": 1.0, "teacher_ce": 1.0, "hidden": settings.hidden_weight, "kv": settings.kv.weight}
 
         def batches() -> list[Any]:
-            batch = distill_batch(rows, spec, thought_spec, normalisation="token", drop_last_step=True, kv=settings.kv)
+            batch = distill_batch(rows, spec, thought_spec, loss_reduction="token", drop_last_step=True, kv=settings.kv)
             shown = [{**row, "cot": row["cot"][: 3 * row["step_lengths"][0]]} for row in rows]
-            again = explicit_batch(shown, spec, with_cot=True, normalisation="token")
+            again = explicit_batch(shown, spec, with_cot=True, loss_reduction="token")
             return send_to_device([batch, again], device)
 
         def step(both: list[Any]) -> Tensor:
@@ -421,7 +421,7 @@ def _shared(case: Case, device: str) -> dict[str, Way]:
     def way(share: str) -> Way:
         holder, folder = nn.ModuleList(), tempfile.TemporaryDirectory()
         work = Workspace(load_config(None, [*settings, f"run_dir={folder.name}", f"stage1.share_backbone={share}"]))
-        batch = stage1_batch(work.data["train"].select(range(2)).to_list(), work.spec, normalisation="token")
+        batch = stage1_batch(work.data["train"].select(range(2)).to_list(), work.spec, loss_reduction="token")
         setup = work.setup("stage1-union")
 
         def prepare() -> nn.Module:

@@ -39,9 +39,9 @@ latent-sft config --schema > schema.json    # for editors: completion, meanings,
 - **A method is off unless it is named.** A stage trains if its section stands in a file or in the arguments, be it
   empty: `cot: {}`. A method's section that names none of its stages, `METHOD: {init: cot}`, names all of them.
   `enabled` decides where it is given: `cot.enabled=false` leaves the stage out, and names nothing.
-- **`train` is for every stage.** A file's `train: {batch_size: 16}` goes to all stages, and a stage's own section in
-  the same file says what differs there. A later layer is stronger as always: the argument `train.max_steps=10`
-  shortens every stage.
+- **`train` is for every stage.** A file's `train: {micro_batch_size: 16}` goes to all stages, and a stage's own
+  section in the same file says what differs there. A later layer is stronger as always: the argument
+  `train.max_steps=10` shortens every stage.
 
 An unknown key, a wrong type or a value out of range is one error that names the key. Sections of the same kind are
 listed once.

@@ -21,16 +21,18 @@ class TrainDefaults:
     max_steps: int = 0
     """Optimizer steps; 0 trains `epochs`."""
     epochs: float = 1.0
-    batch_size: int = 32
+    micro_batch_size: int = 32
     """Examples per device and micro-batch."""
     max_tokens: int = 0
-    """Instead of `batch_size`: positions per device and micro-batch, rows times the longest with padding, so that short
-    examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence counts."""
-    accumulation: int = 1
+    """Instead of `micro_batch_size`: positions per device and micro-batch, rows times the longest with padding, so that
+    short examples come in larger batches. 0 counts examples. In stage 1 the longer of encoder and decoder sequence
+    counts."""
+    gradient_accumulation_steps: int = 1
     """Micro-batches of a process in an optimizer step."""
     global_batch_size: int = 0
-    """Examples of an optimizer step, all processes together; `accumulation` is then what `batch_size` and the number of
-    processes leave. 0: `batch_size` x `accumulation` x processes, so that more processes make larger steps."""
+    """Examples of an optimizer step, all processes together; `gradient_accumulation_steps` is then what
+    `micro_batch_size` and the number of processes leave. 0: the product of the three, so that more processes make
+    larger steps."""
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
@@ -40,7 +42,7 @@ class TrainDefaults:
     beta2: float = 0.999
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 never."""
-    normalisation: Literal["token", "segment", "sample"] = "token"
+    loss_reduction: Literal["token", "segment", "sample"] = "token"
     """token: mean over labelled tokens (published code); segment: mean over segments of per-segment token means,
     then over examples (paper); sample: mean over examples of per-example token means."""
     prompt_targets: bool = False
@@ -73,25 +75,36 @@ class TrainDefaults:
         """
         if not self.global_batch_size:
             return self
-        at_once = self.batch_size * processes
-        how = f"a multiple of {at_once} (batch_size={self.batch_size} x processes={processes}); change one of the three"
+        at_once = self.micro_batch_size * processes
+        micro = f"micro_batch_size={self.micro_batch_size} x processes={processes}"
+        how = f"a multiple of {at_once} ({micro}); change one of the three"
         need(self.global_batch_size % at_once == 0, f"{section}.global_batch_size", self.global_batch_size, how)
-        return replace(self, accumulation=self.global_batch_size // at_once)
+        return replace(self, gradient_accumulation_steps=self.global_batch_size // at_once)
 
     def check(self, section: str) -> None:
         """Raise a ConfigError for a value out of range; `section` is where these settings stand."""
         need(self.max_steps >= 0, f"{section}.max_steps", self.max_steps, "0 (train `epochs`) or a number of steps")
         need(self.max_steps > 0 or self.epochs > 0, f"{section}.epochs", self.epochs, "a number > 0")
-        need(self.batch_size >= 1, f"{section}.batch_size", self.batch_size, "an integer >= 1")
+        need(self.micro_batch_size >= 1, f"{section}.micro_batch_size", self.micro_batch_size, "an integer >= 1")
         need(self.max_tokens >= 0, f"{section}.max_tokens", self.max_tokens, "0 (count examples) or a number of tokens")
-        need(self.accumulation >= 1, f"{section}.accumulation", self.accumulation, "an integer >= 1")
+        need(
+            self.gradient_accumulation_steps >= 1,
+            f"{section}.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            "an integer >= 1",
+        )
         step = self.global_batch_size
         need(step >= 0, f"{section}.global_batch_size", step, "0 or a number of examples")
         need(
             not (step and self.max_tokens), f"{section}.global_batch_size", step, "0, where max_tokens counts positions"
         )
-        made = self.accumulation == 1 or not step
-        need(made, f"{section}.accumulation", self.accumulation, f"1, or global_batch_size=0: {step} decides it")
+        made = self.gradient_accumulation_steps == 1 or not step
+        need(
+            made,
+            f"{section}.gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            f"1, or global_batch_size=0: {step} decides it",
+        )
         need(self.learning_rate > 0, f"{section}.learning_rate", self.learning_rate, "a number > 0")
         need(0 <= self.warmup_ratio < 1, f"{section}.warmup_ratio", self.warmup_ratio, "0 <= ratio < 1")
         need(0 <= self.min_lr_ratio <= 1, f"{section}.min_lr_ratio", self.min_lr_ratio, "0 to 1")

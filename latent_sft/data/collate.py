@@ -101,6 +101,6 @@ def targets_of(rows: Sequence[Row], place: list[list[int]]) -> Batch:
     }
 
 
-def counts_of(rows: Sequence[Row], normalisation: str, num_kl: int) -> Tensor:
+def counts_of(rows: Sequence[Row], loss_reduction: str, num_kl: int) -> Tensor:
     """Return the denominators of the cross-entropy and of the KL."""
-    return torch.tensor([sum(layout.loss_count(r, normalisation) for r in rows), num_kl], dtype=torch.float32)
+    return torch.tensor([sum(layout.loss_count(r, loss_reduction) for r in rows), num_kl], dtype=torch.float32)

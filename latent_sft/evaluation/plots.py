@@ -59,7 +59,7 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
     """
     colours = colours_of(rows)
     rows = [r for r in rows if r.get(key) is not None]
-    if key != STEPS:  # the passes of a gold path leave out those of its encoder, and what that has read
+    if key != STEPS:  # the passes on oracle latents leave out those of its encoder, and what that has read
         rows = [r for r in rows if role_of(r["kind"]) != "oracle"] or rows
     if not rows:
         return None
@@ -98,7 +98,7 @@ def interventions(rows: Sequence[Row]) -> Figure | None:
     """Plot the accuracy after each intervention on the thoughts, a group of bars per model.
 
     Args:
-        rows: of one split, with `model, interventions` (see `causal.intervene`); error bars are one standard error.
+        rows: of one split, with `model, interventions` (see `interventions.intervene`); bars are one standard error.
     """
     rows = [r for r in rows if r.get("interventions")]
     names = [name for name in _INTERVENTIONS if any(name in r["interventions"] for r in rows)]

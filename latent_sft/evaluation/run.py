@@ -18,7 +18,7 @@ from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement
 from latent_sft.evaluation.answers import answer_text
-from latent_sft.evaluation.causal import check_given, intervene
+from latent_sft.evaluation.interventions import check_given, intervene
 from latent_sft.evaluation.score import score
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve

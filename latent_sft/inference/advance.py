@@ -12,7 +12,7 @@ from latent_sft.inference.cache import SlotCache
 from latent_sft.inference.noise import Sampling, sample
 from latent_sft.method.thinking import Thinking, ThinkState, answer_phase
 from latent_sft.method.types import Superposition
-from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 from latent_sft.models.logits import head
 
 # (request in each row, state `[B]`, logits `[B, V]`, uniform numbers `[B]` or None) -> the token `[B]` that each row
@@ -69,7 +69,7 @@ def advance(
     if config.thinking.thoughts is not None:
         hidden = last_states(config.model, cache, embeds, position, mask)[:, -1]
         return follow(config, hidden, position[:, -1:], state, token_noise, requests)
-    out = core(config.model)(
+    out = unwrap_peft(config.model)(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=position,
@@ -87,7 +87,7 @@ def advance(
 
 def last_states(model: nn.Module, cache: SlotCache, embeds: Tensor, position: Tensor, mask: Any) -> Tensor:
     """Return the last hidden states `[B, T, D]`, after the final norm, of a pass that reads and writes the cache."""
-    decoder = core(model).get_decoder()
+    decoder = unwrap_peft(model).get_decoder()
     out = decoder(
         inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
     )

@@ -29,7 +29,7 @@ from latent_sft.method.thinking import (
     answer_phase,
 )
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 from latent_sft.models.thoughts import placeholders
 
 # names of ways of thinking, as in `thinker.json`
@@ -118,7 +118,7 @@ class Engine:
         if kind.needs and needed.get(kind.needs) is None:
             raise ValueError(f"thinker {thinker!r} needs its settings: {kind.needs}=...")
         self.model, self.spec, self.longest = model, spec, longest
-        device = core(model).get_input_embeddings().weight.device
+        device = unwrap_peft(model).get_input_embeddings().weight.device
         self.thinking = thinking = kind(spec, device, max_tokens=max_cot_tokens, **needed)
         columns = longest + thinking.most_steps + len(spec.end_think_ids) + spec.max_answer_tokens
         self.slots = Slots(
@@ -130,18 +130,18 @@ class Engine:
 
     def __enter__(self) -> Engine:
         """Put the modules into eval mode, with an attention function that takes masks."""
-        config, thoughts = core(self.model).config, self.thinking.thoughts
+        config, thoughts = unwrap_peft(self.model).config, self.thinking.thoughts
         self._before = self.model.training, config._attn_implementation, thoughts is not None and thoughts.training
         self.model.eval()
         if thoughts is not None:
             thoughts.eval()
         if "flash" in config._attn_implementation:  # columns that rows do not have in common need a mask
-            config._attn_implementation = "sdpa" if core(self.model)._supports_sdpa else "eager"
+            config._attn_implementation = "sdpa" if unwrap_peft(self.model)._supports_sdpa else "eager"
         return self
 
     def __exit__(self, *error: object) -> None:
         """Leave them as they were."""
-        training, core(self.model).config._attn_implementation, thoughts_trained = self._before
+        training, unwrap_peft(self.model).config._attn_implementation, thoughts_trained = self._before
         self.model.train(training)
         if self.thinking.thoughts is not None:
             self.thinking.thoughts.train(thoughts_trained)

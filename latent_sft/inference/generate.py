@@ -43,7 +43,7 @@ def generate(
         thinker: `latent` (feed superpositions back), `explicit` (write the CoT out), `none` (answer at once),
             `continuous` (feed hidden states back, by `thoughts`) or `soft` (Soft Thinking, by `soft`).
         latents: given latents, for each prompt a superposition `[n_i, K]` or input embeddings `[n_i, D]`; thinking is
-            skipped whatever the thinker, `</think>` is fed and the answer decoded (the gold path of stage 1).
+            skipped whatever the thinker, `</think>` is fed and the answer decoded (the oracle latents of stage 1).
         thoughts: for `continuous`, on the model's device; put into eval mode for the call.
         soft: for `soft`.
         max_cot_tokens: cap of explicit and soft thinking; 0 skips it.

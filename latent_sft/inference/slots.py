@@ -22,7 +22,7 @@ from latent_sft.inference.noise import Noise
 from latent_sft.method.masks import to_additive
 from latent_sft.method.thinking import ThinkState, answer_phase
 from latent_sft.method.types import Superposition
-from latent_sft.models.backbone import core, embed
+from latent_sft.models.backbone import embed, unwrap_peft
 
 PREFILL_TOKENS = 16384  # of prompts read at once; their attention mask is `[n, 1, W, W]`
 FIRST_COLUMNS = 64  # beyond the longest prompt; buffers grow by doubling, since few rows need all they may
@@ -79,7 +79,7 @@ class Slots:
 
     def __init__(self, config: DecodeConfig, count: int) -> None:
         self.config, self.thinking = config, config.thinking
-        lm = core(config.model)
+        lm = unwrap_peft(config.model)
         self.device = lm.get_input_embeddings().weight.device  # of a model that is spread over several, too
         # rows that run as long as they may would otherwise have everything moved at every step
         self.most = config.longest + WASTE

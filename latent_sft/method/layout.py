@@ -113,7 +113,7 @@ def decoder_row(
     segments: Sequence[Sequence[int]],
     end_think: Sequence[int],
     answer: Sequence[int],
-    normalisation: str,
+    loss_reduction: str,
 ) -> Row:
     """Lay out `[P, z_1, S_2, z_2, ..., S_N, z_N, E, A]` for the stage-1 decoder (reference: section 1.4).
 
@@ -125,7 +125,7 @@ def decoder_row(
         segments: CoT segments.
         end_think: tokens of `</think>`.
         answer: answer tokens with EOS.
-        normalisation: `token`, `segment` or `sample`; sets `weight`, see `loss_count`.
+        loss_reduction: `token`, `segment` or `sample`; sets `weight`, see `loss_count`.
     """
     num_latents = len(segments)
     tail = [*end_think, *answer]
@@ -145,12 +145,12 @@ def decoder_row(
     row.target[last : last + len(tail)] = tail
     tail_group = list(range(last, last + len(tail)))
     groups = [*groups[:-1], tail_group]
-    _set_weights(row, groups, normalisation)
+    _set_weights(row, groups, loss_reduction)
     return row
 
 
 def stage2_row(
-    prompt: Sequence[int], num_latents: int, end_think: Sequence[int], answer: Sequence[int], normalisation: str
+    prompt: Sequence[int], num_latents: int, end_think: Sequence[int], answer: Sequence[int], loss_reduction: str
 ) -> Row:
     """Lay out `[P, z_1..z_N, E, A]` at plain positions (reference: section 1.8). CE targets are E and A.
 
@@ -163,7 +163,7 @@ def stage2_row(
     last = len(row.ids) - 1
     _extend(row, tail, Kind.TAIL, -1, range(last + 1, last + 1 + len(tail)))
     row.target[last : last + len(tail)] = tail
-    _set_weights(row, [list(range(last, last + len(tail)))], normalisation)
+    _set_weights(row, [list(range(last, last + len(tail)))], loss_reduction)
     return row
 
 
@@ -172,7 +172,7 @@ def explicit_row(
     cot: Sequence[int],
     end_think: Sequence[int],
     answer: Sequence[int],
-    normalisation: str,
+    loss_reduction: str,
     prompt_targets: bool = False,
 ) -> Row:
     """Lay out `[P, C, E, A]` for explicit CoT fine-tuning; an empty CoT is the No-CoT baseline.
@@ -185,7 +185,7 @@ def explicit_row(
     _extend(row, rest, Kind.TEXT, -1, range(last + 1, last + 1 + len(rest)))
     first = 0 if prompt_targets else last
     row.target[first:-1] = row.ids[first + 1 :]
-    _set_weights(row, [list(range(first, last + len(rest)))], normalisation)
+    _set_weights(row, [list(range(first, last + len(rest)))], loss_reduction)
     return row
 
 
@@ -216,9 +216,9 @@ def two_track(row: Row) -> tuple[list[int], list[list[int]]]:
     return main[:-1], [group[:-1] for group in side if len(group) > 1]
 
 
-def loss_count(row: Row, normalisation: str) -> float:
+def loss_count(row: Row, loss_reduction: str) -> float:
     """Return what this row adds to the denominator: its labelled tokens (`token`), or 1 (`segment`, `sample`)."""
-    if normalisation == "token":
+    if loss_reduction == "token":
         return float(sum(t != IGNORE for t in row.target))
     return 1.0
 
@@ -238,14 +238,14 @@ def _extend(row: Row, ids: Sequence[int], kind: Kind, branch: int, positions: Se
     row.weight.extend([0.0] * n)
 
 
-def _set_weights(row: Row, groups: list[list[int]], normalisation: str) -> None:
+def _set_weights(row: Row, groups: list[list[int]], loss_reduction: str) -> None:
     # token: 1 each. sample: 1/tokens of the row. segment: 1/(N |J_i|), the paper's L_sup.
     total = sum(len(g) for g in groups)
     for group in groups:
         for t in group:
-            if normalisation == "token":
+            if loss_reduction == "token":
                 row.weight[t] = 1.0
-            elif normalisation == "sample":
+            elif loss_reduction == "sample":
                 row.weight[t] = 1.0 / total
             else:
                 row.weight[t] = 1.0 / (len(groups) * len(group))

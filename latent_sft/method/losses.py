@@ -1,6 +1,6 @@
 """Losses over labelled positions only, as sums; the trainer divides by counts of the whole global batch.
 
-Every function takes M labelled positions and a weight for each, so that the normalisation (token, segment, sample) is a
+Every function takes M labelled positions and a weight for each, so that the reduction (token, segment, sample) is a
 choice of the layout and stays right under padding, accumulation and data parallelism.
 
 Hard cross-entropy and the KL from a sparse teacher are one sum, for weights alpha over K ids:
@@ -63,7 +63,7 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
 
 
 def weighted_sparse_kl(logits: Tensor, teacher: Superposition, weights: Tensor) -> Tensor:
-    """Return `sum_m w_m * KL(teacher_m || student_m)`: forward KL of the stored latents (reference section 1.8).
+    """Return `sum_m w_m * KL(teacher_m || student_m)`: forward KL of the stored latents (docs/internals/method.md).
 
         KL = sum_{v in K} a[v] (log a[v] - log softmax(logits)[v])
 

@@ -16,7 +16,7 @@ from latent_sft.method.layout import Kind
 
 
 def induction_mask(kind: Tensor, time: Tensor | None = None) -> Tensor:
-    """Encoder mask (LTIM, reference section 1.3): everybody sees earlier *text*; nobody sees an earlier marker.
+    """Encoder mask (LTIM, docs/internals/method.md): everybody sees earlier *text*; nobody sees an earlier marker.
 
     For `a b m c m` (m = marker):
 
@@ -40,7 +40,7 @@ def induction_mask(kind: Tensor, time: Tensor | None = None) -> Tensor:
 
 
 def supervision_mask(kind: Tensor, branch: Tensor, time: Tensor | None = None) -> Tensor:
-    """Stage-1 decoder mask (LTSuM, reference section 1.4).
+    """Stage-1 decoder mask (LTSuM, docs/internals/method.md).
 
     Prompt, latents, `</think>` and answer see each other causally (the main track). A chunk token sees its latent and
     the earlier tokens of its own chunk, nothing else. For `p Z1 c Z2 / A` (c = S_2, / = `</think>`):

@@ -49,7 +49,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def near_equal_spans(length: int, num_spans: int) -> list[range]:
-    """Cut `length` tokens into near-equal spans `[floor(t L / T), floor((t + 1) L / T))` (reference section 2).
+    """Cut `length` tokens into near-equal spans `[floor(t L / T), floor((t + 1) L / T))` (docs/metrics.md).
 
     >>> [list(s) for s in near_equal_spans(5, 2)]
     [[0, 1], [2, 3, 4]]
@@ -62,7 +62,7 @@ def ecr_at_k(latents: Superposition, cot: Sequence[int], k: int) -> float:
 
         ECR@K = (1 / T) sum_t |{x in S_t : x in TopK(alpha_t)}|,   S_t = span t of T near-equal spans of the CoT
 
-    **Reconstructed** (reference section 2): the paper's formula is not confirmed. A token that occurs twice in a span
+    **Reconstructed** (docs/metrics.md): the paper's formula is not confirmed. A token that occurs twice in a span
     counts twice, so that the upper bound is exactly L / T (whether the paper does so is not known). Entries of weight
     zero never count.
 

@@ -19,7 +19,7 @@ def superpose_states(
 
     Which entries a latent keeps is found without gradient; the kept logits are then computed once more with it. The
     same values and gradient of `hidden`, since a softmax over kept logits has no gradient in the others. Where all are
-    kept, it is `superpose` itself. The table is not trained through latents (reference section 1.2).
+    kept, it is `superpose` itself. The table is not trained through latents (docs/internals/method.md).
 
     Args:
         hidden: `[..., D]`.

@@ -72,7 +72,7 @@ def largest_but(logits: Tensor, k: int, unwanted: int, drop: Tensor | bool = Tru
 
 
 def superpose(logits: Tensor, top_k: int, temperature: float = 1.0, exclude: int | None = None) -> Superposition:
-    """Keep the `top_k` largest logits and weight them by their softmax (reference section 1.2).
+    """Keep the `top_k` largest logits and weight them by their softmax (docs/internals/method.md).
 
         K = top-k(o),  alpha = softmax(o[K] / temperature)
 
@@ -98,7 +98,7 @@ def weighted(kept: Tensor, ids: Tensor, temperature: float) -> Superposition:
 
 
 def mix(latent: Superposition, table: Tensor) -> Tensor:
-    """Return the embedding of a superposition, `sum_v alpha[v] W[v]` (reference section 1.2).
+    """Return the embedding of a superposition, `sum_v alpha[v] W[v]` (docs/internals/method.md).
 
     The `[..., K, D]` looked-up rows are never written to memory. The full vocabulary is one product, `alpha @ W`.
 

@@ -168,7 +168,7 @@ class Thinking:
 
 
 class LatentThinking(Thinking):
-    """The softmax over the top-k logits is fed back (reference section 1.9, Transformers path).
+    """The softmax over the top-k logits is fed back (the published code, transformers path).
 
     Thinking stops if and only if the clean argmax is the first token of `</think>`, not before `min_latents` and at
     the latest after `max_latents`.

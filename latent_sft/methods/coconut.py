@@ -122,7 +122,7 @@ class CoconutModel(nn.Module):
         return {"ce_total": ce_total(self.lm, hidden, batch["targets"], batch["target_weights"])}
 
 
-def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutConfig, *, normalisation: str) -> Batch:
+def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutConfig, *, loss_reduction: str) -> Batch:
     """Batch for Coconut (`CoconutModel`): `P, latents, remaining steps, E, A`, trained on the latter.
 
     Args:
@@ -131,7 +131,7 @@ def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutCon
             stage 0 is possible. A row without a phase is at the first stage.
         spec: settings.
         config: settings of Coconut.
-        normalisation: of the cross-entropy, see `TrainConfig`; `segment` is `sample` here.
+        loss_reduction: of the cross-entropy, see `TrainConfig`; `segment` is `sample` here.
 
     Returns:
         `prompt_ids` `[B, P]`, `tail_ids` `[B, S]`, each with `_length` `[B]`; `thought_mask` `[B, N]`, the latents of
@@ -144,7 +144,7 @@ def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutCon
     stages = [int(row.get("phase", config.first_stage)) for row in rows]
     end = list(spec.end_think_ids)
     laid = [
-        layout.explicit_row(row["prompt"], _remaining(row, stage, config), end, row["answer"], normalisation)
+        layout.explicit_row(row["prompt"], _remaining(row, stage, config), end, row["answer"], loss_reduction)
         for row, stage in zip(rows, stages, strict=True)
     ]
     # a row can be drawn at any stage, and processes must agree on the number of passes
@@ -157,7 +157,7 @@ def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutCon
         **padded("tail", [row.ids[n:] for row, n in zip(laid, starts, strict=True)], spec.pad_id),
         "thought_mask": mask,
     }
-    count = sum(layout.loss_count(row, normalisation) for row in laid)
+    count = sum(layout.loss_count(row, loss_reduction) for row in laid)
     return {
         **batch,
         **targets_of("", laid, starts, batch["tail_ids"].shape[1]),
@@ -257,7 +257,7 @@ def _model(setup: Setup) -> nn.Module:
 
 
 def _batch(setup: Setup) -> Collate:
-    return partial(coconut_batch, spec=setup.spec, config=setup.settings, normalisation=setup.train.normalisation)
+    return partial(coconut_batch, spec=setup.spec, config=setup.settings, loss_reduction=setup.train.loss_reduction)
 
 
 def _callbacks(model: nn.Module, setup: Setup) -> list[TrainerCallback]:

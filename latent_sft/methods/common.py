@@ -22,9 +22,9 @@ from latent_sft.inference.solve import Thinker
 from latent_sft.method.layout import IGNORE, Kind, Row
 from latent_sft.method.types import LatentSpec
 from latent_sft.methods.base import Setup
-from latent_sft.models.backbone import core, embed
+from latent_sft.models.backbone import embed, unwrap_peft
 from latent_sft.models.load import merged, save_lm, save_thinker
-from latent_sft.models.sharding import whole
+from latent_sft.models.sharding import gathered_parameters
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, save_thoughts
 
 
@@ -35,8 +35,8 @@ def own_settings(settings: Any, latent: LatentConfig) -> dict[str, Any]:
 
 def start_of(lm: nn.Module, spec: LatentSpec) -> Tensor:
     """Return the `[D]` embedding that placeholders of latents start from, that of `<think>`."""
-    table = core(lm).get_input_embeddings()
-    with whole(table.parameters()):
+    table = unwrap_peft(lm).get_input_embeddings()
+    with gathered_parameters(table.parameters()):
         return embed(lm, torch.tensor(spec.think_ids[-1], device=table.weight.device))
 
 

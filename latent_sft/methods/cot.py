@@ -35,17 +35,17 @@ class ExplicitModel(nn.Module):
 
 
 def explicit_batch(
-    rows: Sequence[TokenRow], spec: LatentSpec, *, with_cot: bool, normalisation: str, prompt_targets: bool = False
+    rows: Sequence[TokenRow], spec: LatentSpec, *, with_cot: bool, loss_reduction: str, prompt_targets: bool = False
 ) -> Batch:
     """Batch for explicit CoT fine-tuning (`with_cot`) or No-CoT; `prompt_targets` labels the prompt as well."""
     laid = [
         layout.explicit_row(
-            r["prompt"], r["cot"] if with_cot else [], spec.end_think_ids, r["answer"], normalisation, prompt_targets
+            r["prompt"], r["cot"] if with_cot else [], spec.end_think_ids, r["answer"], loss_reduction, prompt_targets
         )
         for r in rows
     ]
     filled, place = padded(laid, spec.pad_id)
-    return {**filled, **targets_of(laid, place), "counts": counts_of(laid, normalisation, 0)}
+    return {**filled, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, 0)}
 
 
 def explicit_lengths(data: Any, spec: LatentSpec, *, with_cot: bool) -> Lengths:
@@ -63,7 +63,7 @@ def _batch(setup: Setup, *, with_cot: bool) -> Collate:
         explicit_batch,
         spec=setup.spec,
         with_cot=with_cot,
-        normalisation=setup.train.normalisation,
+        loss_reduction=setup.train.loss_reduction,
         prompt_targets=setup.train.prompt_targets,
     )
 

@@ -84,21 +84,21 @@ def numbered(rows: int, total_steps: int, seed: int, *, steps_per_epoch: int, co
     return number
 
 
-def icot_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: ICoTConfig, *, normalisation: str) -> Batch:
+def icot_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: ICoTConfig, *, loss_reduction: str) -> Batch:
     """Batch of `P, remaining CoT, E, A`, trained on all but P; see `explicit_batch`.
 
     Args:
         rows: tokenised rows with `phase`, the number of CoT tokens left out; without one, the CoT is whole.
         spec: settings.
         config: settings of iCoT.
-        normalisation: of the cross-entropy, see `TrainConfig`; `segment` is `sample` here.
+        loss_reduction: of the cross-entropy, see `TrainConfig`; `segment` is `sample` here.
     """
     shown = []
     for row in rows:
         kept = max(0, len(row["cot"]) - row.get("phase", 0))
         start = len(row["cot"]) - kept if config.removal_side == "left" else 0
         shown.append({**row, "cot": row["cot"][start : start + kept]})
-    return explicit_batch(shown, spec, with_cot=True, normalisation=normalisation)
+    return explicit_batch(shown, spec, with_cot=True, loss_reduction=loss_reduction)
 
 
 class AtRemoval(TrainerCallback):
@@ -150,7 +150,7 @@ METHOD = Method(
             identity=own_settings,
             model=_model,
             batch=lambda setup: partial(
-                icot_batch, spec=setup.spec, config=setup.settings, normalisation=setup.train.normalisation
+                icot_batch, spec=setup.spec, config=setup.settings, loss_reduction=setup.train.loss_reduction
             ),
             lengths=lambda data, setup: explicit_lengths(data, setup.spec, with_cot=True),
             callbacks=lambda model, setup: [AtRemoval(setup.steps_per_epoch, setup.settings)],

@@ -32,7 +32,7 @@ from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.methods.base import Collate, Method, Model, Setup, Stage, Store, save_plain
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm, save_thinker, trainable, twin
-from latent_sft.models.sharding import whole
+from latent_sft.models.sharding import gathered_parameters
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
 
@@ -83,7 +83,7 @@ class LabelsConfig:
 
 
 def stage1_batch(
-    rows: Sequence[TokenRow], spec: LatentSpec, *, normalisation: str, label_of: LabelOf | None = None
+    rows: Sequence[TokenRow], spec: LatentSpec, *, loss_reduction: str, label_of: LabelOf | None = None
 ) -> Batch:
     """Batch for the encoder and the stage-1 decoder, both in two-track order (`layout.two_track`).
 
@@ -93,11 +93,11 @@ def stage1_batch(
     """
     segments = [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows]
     laid = [
-        layout.decoder_row(r["prompt"], s, spec.end_think_ids, r["answer"], normalisation)
+        layout.decoder_row(r["prompt"], s, spec.end_think_ids, r["answer"], loss_reduction)
         for r, s in zip(rows, segments, strict=True)
     ]
     tracks, place = two_track(laid, spec.pad_id)
-    batch = {**tracks, **targets_of(laid, place), "counts": counts_of(laid, normalisation, 0)}
+    batch = {**tracks, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, 0)}
     if label_of is None:
         return {**batch, **_encoder_part(rows, segments, spec)}
     labels = [label_of(r["id"], r["hash"]) for r in rows]
@@ -107,7 +107,7 @@ def stage1_batch(
 
 
 def encoder_batch(rows: Sequence[TokenRow], spec: LatentSpec) -> Batch:
-    """The encoder's half of `stage1_batch`, for labels and gold latents."""
+    """The encoder's half of `stage1_batch`, for labels and oracle latents."""
     return _encoder_part(rows, [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows], spec)
 
 
@@ -116,7 +116,7 @@ def stage2_batch(
     spec: LatentSpec,
     *,
     label_of: LabelOf,
-    normalisation: str,
+    loss_reduction: str,
 ) -> Batch:
     """Batch for stage 2: `latent_ids`, `latent_weights` `[B, N, K]` hold the stored labels, `kl_*` where they are read.
 
@@ -124,15 +124,15 @@ def stage2_batch(
         rows: tokenised rows.
         spec: settings.
         label_of: (row id, row hash) -> stored superpositions `[N, K]`.
-        normalisation: of the cross-entropy; the KL is a mean over latents, then over examples.
+        loss_reduction: of the cross-entropy; the KL is a mean over latents, then over examples.
     """
     labels = [label_of(r["id"], r["hash"]) for r in rows]
     laid = [
-        layout.stage2_row(r["prompt"], len(s.ids), spec.end_think_ids, r["answer"], normalisation)
+        layout.stage2_row(r["prompt"], len(s.ids), spec.end_think_ids, r["answer"], loss_reduction)
         for r, s in zip(rows, labels, strict=True)
     ]
     filled, place = padded(laid, spec.pad_id)
-    batch = {**filled, **targets_of(laid, place), "counts": counts_of(laid, normalisation, len(rows))}
+    batch = {**filled, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, len(rows))}
     latent_ids, latent_weights = stacked(labels, spec.top_k)
     length, width = batch["ids"].shape[1], latent_ids.shape[1]
     kl_index: list[int] = []
@@ -193,14 +193,14 @@ def stage2_lengths(data: Any, spec: LatentSpec) -> Lengths:
 
 
 @torch.inference_mode()
-def gold_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int) -> Iterable[Superposition]:
+def oracle_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int) -> Iterable[Superposition]:
     """Yield the encoder's latents `[N, K]` of every row, on the CPU, in order."""
     was_training = model.training
     model.eval()
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
         batch = {k: v.to(model.marker.device) for k, v in encoder_batch(chunk, model.spec).items()}
-        with whole(model.parameters()):
+        with gathered_parameters(model.parameters()):
             latent = model.encode(batch)
         ids, weights = latent.ids.cpu(), latent.weights.float().cpu()
         for b, count in enumerate(batch["latent_mask"].sum(1).tolist()):
@@ -281,7 +281,7 @@ def _stage1_model(setup: Setup, *, encoder: bool, decoder: bool) -> nn.Module:
 
 def _stage1_batch(setup: Setup) -> Collate:
     # with stored latents of a frozen encoder, these take the place of the encoder's half
-    return partial(stage1_batch, spec=setup.spec, normalisation=setup.train.normalisation, label_of=setup.latents)
+    return partial(stage1_batch, spec=setup.spec, loss_reduction=setup.train.loss_reduction, label_of=setup.latents)
 
 
 def _save_stage1(model: Stage1Model, setup: Setup, folder: Path) -> None:
@@ -294,7 +294,7 @@ def _save_stage1(model: Stage1Model, setup: Setup, folder: Path) -> None:
         encoder = copy.deepcopy(encoder)  # merged in place, its adapters would be in the decoder's weights too
     for name, lm in (("encoder", encoder), ("decoder", model.decoder)):
         save_lm(merged(lm), folder / name, setup.tokenizer)
-        save_thinker(folder / name, setup.spec, "gold")
+        save_thinker(folder / name, setup.spec, "oracle")
     save_file(marker, folder / MARKER_FILE)
 
 
@@ -305,7 +305,7 @@ def _stage2_model(setup: Setup) -> nn.Module:
 
 def _stage2_batch(setup: Setup) -> Collate:
     assert setup.latents is not None
-    return partial(stage2_batch, spec=setup.spec, label_of=setup.latents, normalisation=setup.train.normalisation)
+    return partial(stage2_batch, spec=setup.spec, label_of=setup.latents, loss_reduction=setup.train.loss_reduction)
 
 
 class LateNoise(TrainerCallback):
@@ -388,7 +388,7 @@ def _phase_parameters(backbone: Backbone, setup: Setup, *, encoder: bool, decode
 
 
 def _oracle(model: Any) -> Thinker:
-    return Thinker("latent", model.decoder, oracle=partial(gold_latents, model))
+    return Thinker("latent", model.decoder, oracle=partial(oracle_latents, model))
 
 
 def _load_oracle(
@@ -405,7 +405,7 @@ FROZEN_ENCODER = Store(
     identity=encoder_settings,
     dtype="float32",  # exact, so that the phase gives what running its frozen encoder would give
     model=phase_start,
-    encode=gold_latents,
+    encode=oracle_latents,
 )
 LABELS = Store(
     name="label",
@@ -415,7 +415,7 @@ LABELS = Store(
     identity=encoder_settings,
     dtype="",
     model=phase_start,
-    encode=gold_latents,
+    encode=oracle_latents,
 )
 
 
@@ -514,7 +514,7 @@ METHOD = Method(
             "temperature": 1.0,
             "top_k": 10,
         },
-        "stage1": {phase: {"normalisation": "token"} for phase in ("encoder", "decoder", "union")},
-        "stage2": {"normalisation": "token", "ce_weight": 1.0, "kl_weight": 1.0},
+        "stage1": {phase: {"loss_reduction": "token"} for phase in ("encoder", "decoder", "union")},
+        "stage2": {"loss_reduction": "token", "ce_weight": 1.0, "kl_weight": 1.0},
     },
 )

@@ -315,7 +315,7 @@ def distill_batch(
     spec: LatentSpec,
     thought_spec: ThoughtSpec,
     *,
-    normalisation: str,
+    loss_reduction: str,
     drop_last_step: bool,
     kv: KvDistillConfig | None = None,
 ) -> Batch:
@@ -328,7 +328,7 @@ def distill_batch(
         rows: tokenised rows.
         spec: settings.
         thought_spec: M and T.
-        normalisation: of both cross-entropies, see `TrainConfig`; `segment` is `sample` here.
+        loss_reduction: of both cross-entropies, see `TrainConfig`; `segment` is `sample` here.
         drop_last_step: C' is the CoT without its last step where it has two or more, and empty where it has one.
         kv: settings of the loss on keys and values; they decide which rows count for it. None is its defaults.
 
@@ -345,9 +345,9 @@ def distill_batch(
     kv = kv or KvDistillConfig()
     end = list(spec.end_think_ids)
     traces = [_without_last_step(row) if drop_last_step else list(row["cot"]) for row in rows]
-    students = [layout.explicit_row([*r["prompt"], *end], [], [], r["answer"], normalisation) for r in rows]
+    students = [layout.explicit_row([*r["prompt"], *end], [], [], r["answer"], loss_reduction) for r in rows]
     teachers = [
-        layout.explicit_row(r["prompt"], trace, end, r["answer"], normalisation)
+        layout.explicit_row(r["prompt"], trace, end, r["answer"], loss_reduction)
         for r, trace in zip(rows, traces, strict=True)
     ]
     prompts = [list(r["prompt"]) for r in rows]
@@ -362,8 +362,8 @@ def distill_batch(
     }
     compared = [bool(trace) or kv.span == "delimiter" or kv.short == "zero" for trace in traces]
     counts = [
-        sum(layout.loss_count(row, normalisation) for row in students),
-        sum(layout.loss_count(row, normalisation) for row in teachers),
+        sum(layout.loss_count(row, loss_reduction) for row in students),
+        sum(layout.loss_count(row, loss_reduction) for row in teachers),
         len(rows),
         sum(compared),
     ]
@@ -410,7 +410,7 @@ def _batch(setup: Setup) -> Collate:
         distill_batch,
         spec=setup.spec,
         thought_spec=_thought_spec(setup.settings),
-        normalisation=setup.train.normalisation,
+        loss_reduction=setup.train.loss_reduction,
         drop_last_step=setup.settings.drop_last_step,
         kv=setup.settings.kv,
     )

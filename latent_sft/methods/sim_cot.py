@@ -39,7 +39,7 @@ from latent_sft.methods.base import Collate, Method, Model, Setup, Stage
 from latent_sft.methods.coconut import CoconutConfig, CoconutModel
 from latent_sft.methods.common import padded, save_with_thoughts, step_lengths, thinker_of
 from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel
-from latent_sft.models.backbone import core, embed, hidden_states
+from latent_sft.models.backbone import embed, hidden_states, unwrap_peft
 from latent_sft.models.head import ce_total
 from latent_sft.models.load import load_lm, trainable
 
@@ -116,7 +116,7 @@ class SimCotModel(nn.Module):
         latents = nn.functional.pad(latents, (0, 0, 0, width)) if not latents.shape[1] else latents
         read = torch.cat([latents[batch["step_row"][:, None], columns], embed(self.lm, batch["step_ids"][:, :-1])], 1)
         position = torch.arange(read.shape[1], device=read.device) + (1 if self.per_slot else 0)
-        hidden = hidden_states(self.decoder, read.to(core(self.decoder).dtype), position.expand(len(read), -1))
+        hidden = hidden_states(self.decoder, read.to(unwrap_peft(self.decoder).dtype), position.expand(len(read), -1))
         labelled = hidden[:, width - 1 :].flatten(0, 1)[batch["step_index"]]
         # the Trainer divides by all labels what has to be divided slot by slot
         sizes = batch["counts"][-self.slots :]

@@ -27,7 +27,7 @@ from latent_sft.errors import ConfigError
 from latent_sft.method.attention import Tracks, induction_tracks, softcapped, supervision_tracks, tracked_attention
 from latent_sft.method.layout import Kind
 from latent_sft.method.masks import induction_mask, supervision_mask, to_additive
-from latent_sft.models.backbone import check_window, core, hidden_states
+from latent_sft.models.backbone import check_window, hidden_states, unwrap_peft
 
 OURS = "latent_sft"
 PLAN = "attention_plan"
@@ -70,7 +70,7 @@ AttentionMaskInterface.register(OURS, sdpa_mask)
 
 def use_plans(model: nn.Module) -> bool:
     """Let a causal LM's layers follow plans; False where its attention does not go through transformers' interface."""
-    lm = core(model)
+    lm = unwrap_peft(model)
     if not getattr(lm, "_supports_attention_backend", False):
         return False
     lm.set_attn_implementation(OURS)
@@ -81,7 +81,7 @@ def planned(model: nn.Module, embeds: Tensor, position: Tensor, plan: Plan, **op
     """Return the output of the decoder over `[B, T, D]` at `[B, T]`, attending by a plan."""
     # a mask of four dimensions is passed on untouched; it keeps transformers from building a causal one
     unused = embeds.new_zeros(1, 1, 1, 1)
-    return core(model).get_decoder()(
+    return unwrap_peft(model).get_decoder()(
         inputs_embeds=embeds, attention_mask=unused, position_ids=position, use_cache=False, **options, **{PLAN: plan}
     )
 
@@ -104,11 +104,11 @@ def use_backend(model: nn.Module, backend: str) -> str:
         if backend == "auto":
             return "dense"
         raise ConfigError(
-            f"stage1.attention: {type(core(model)).__name__} does not use transformers' attention interface; only "
-            "dense works."
+            f"stage1.attention: {type(unwrap_peft(model)).__name__} does not use transformers' attention interface; "
+            "only dense works."
         )
     if backend == "flex":
-        core(model).set_attn_implementation("flex_attention")
+        unwrap_peft(model).set_attn_implementation("flex_attention")
     return "two_track" if backend == "auto" else backend
 
 
@@ -122,7 +122,7 @@ def encoder_states(model: nn.Module, backend: str, embeds: Tensor, part: Mapping
         part: `kind, time, position` `[B, T]` and `anchor` `[B, N, 1]`.
         span: largest distance of two positions plus one, to check sliding windows with.
     """
-    check_window(core(model), span)
+    check_window(unwrap_peft(model), span)
     kind, time = part["kind"], part["time"]
     if backend == "two_track":
         text_length = embeds.shape[1] - part["anchor"].shape[1]
@@ -141,7 +141,7 @@ def decoder_states(model: nn.Module, backend: str, embeds: Tensor, part: Mapping
     """Return hidden states `[B, T, D]` under the supervision mask; `part` as in `encoder_states`, with `branch`."""
     kind, branch, time = part["kind"], part["branch"], part["time"]
     tracks = supervision_tracks(part["anchor"])
-    check_window(core(model), tracks.main_length(embeds.shape[1]))
+    check_window(unwrap_peft(model), tracks.main_length(embeds.shape[1]))
     if backend == "two_track":
         return _tracked(model, embeds, part["position"], tracks)
     if backend == "dense":

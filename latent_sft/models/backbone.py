@@ -15,7 +15,7 @@ from latent_sft.method.superposition import combine, mix
 from latent_sft.method.types import Superposition
 
 
-def core(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper (adapters stay active), or the model itself."""
     # of no type: transformers finds tables and decoders by name, so that a checker would take them for tensors
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -23,17 +23,17 @@ def core(model: Any) -> Any:
 
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """Return input embeddings `[..., D]` of ids `[...]`, by the model's own module (Gemma scales in it)."""
-    return core(model).get_input_embeddings()(ids)
+    return unwrap_peft(model).get_input_embeddings()(ids)
 
 
 def input_table(model: nn.Module) -> nn.Parameter:
     """Return the raw input embedding table `[V, D]`."""
-    return core(model).get_input_embeddings().weight
+    return unwrap_peft(model).get_input_embeddings().weight
 
 
 def head_table(model: nn.Module) -> Tensor:
     """Return the LM head's weight `[V, D]` (the input table itself for tied models)."""
-    return core(model).get_output_embeddings().weight
+    return unwrap_peft(model).get_output_embeddings().weight
 
 
 def mix_latents(model: nn.Module, latent: Superposition) -> Tensor:
@@ -41,7 +41,7 @@ def mix_latents(model: nn.Module, latent: Superposition) -> Tensor:
 
     Gradient reaches the weights of the superposition only.
     """
-    module = core(model).get_input_embeddings()
+    module = unwrap_peft(model).get_input_embeddings()
     # a table partitioned by DeepSpeed ZeRO-3 is there only while its module is called
     if type(module) is nn.Embedding and not hasattr(module.weight, "ds_id"):
         return mix(latent, module.weight.detach())
@@ -62,7 +62,7 @@ def hidden_states(
         mask: additive `[B, 1, T, T]` or a BlockMask; None is plain causal attention (right padding needs no mask).
         attention: passed on to the attention function.
     """
-    decoder = core(model).get_decoder()
+    decoder = unwrap_peft(model).get_decoder()
     out = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False, **attention)
     return out.last_hidden_state
 

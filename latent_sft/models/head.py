@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from latent_sft.errors import ConfigError
 from latent_sft.method.losses import LinearHead, chunk_rows, linear_nll, mapped_nll
 from latent_sft.method.types import Superposition
-from latent_sft.models.backbone import core, embed, hidden_states
+from latent_sft.models.backbone import embed, hidden_states, unwrap_peft
 from latent_sft.models.logits import head, head_scalars
-from latent_sft.models.sharding import call_with, is_partitioned, replaced_forward, whole
+from latent_sft.models.sharding import call_with, gathered_parameters, is_partitioned, replaced_forward
 
 
 def ce_total(model: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weigh
     Returns:
         Scalar, nats, float32 (float64 stays).
     """
-    output = core(model).get_output_embeddings()
+    output = unwrap_peft(model).get_output_embeddings()
     scale, cap = head_scalars(model)
 
     def fused(hidden: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weigh
     if plain and not output._forward_hooks and not output._forward_pre_hooks:
         return fused(hidden)
     # every call of a partitioned head is a collective, and all processes must make the same number of them: one
-    vocab_size = core(model).config.get_text_config().vocab_size
+    vocab_size = unwrap_peft(model).config.get_text_config().vocab_size
     chunk = len(hidden) if partitioned else chunk_rows(vocab_size, hidden.device)
     return mapped_nll(hidden, head(model), ids, alpha, weights, chunk)
 
@@ -84,13 +84,13 @@ def check_head(model: nn.Module) -> None:
     Raises:
         ConfigError: they differ; the family does something between hidden states and logits that is not known here.
     """
-    lm = core(model)
+    lm = unwrap_peft(model)
     was_training = lm.training
     lm.eval()
     output = lm.get_output_embeddings()
     weight = output.weight
     ids = torch.arange(3, device=weight.device)[None] % lm.config.get_text_config().vocab_size
-    with whole(output.parameters()):
+    with gathered_parameters(output.parameters()):
         if is_partitioned(lm.parameters()):  # the layers are spread over the processes: their output is made up
             hidden = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 3, -1)
             made_up = BaseModelOutputWithPast(last_hidden_state=hidden)

@@ -25,9 +25,9 @@ from transformers import (
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
-from latent_sft.models.backbone import core, embed, input_table
+from latent_sft.models.backbone import embed, input_table, unwrap_peft
 from latent_sft.models.head import check_head
-from latent_sft.models.sharding import whole
+from latent_sft.models.sharding import gathered_parameters
 from latent_sft.runs import file_sha256, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        core(lm).save_pretrained(part)
+        unwrap_peft(lm).save_pretrained(part)
         tokenizer.save_pretrained(part)
         if folder.exists():
             shutil.rmtree(folder)
@@ -296,7 +296,7 @@ def initial_marker(lm: nn.Module, spec: LatentSpec) -> Tensor:
     and not the embedding of a word of the text. `previous`: zero, since it is added to a token's embedding.
     """
     ids = torch.tensor(spec.think_ids, device=input_table(lm).device)
-    with whole([input_table(lm)]):
+    with gathered_parameters([input_table(lm)]):
         start = embed(lm, ids).detach().float().mean(0)
     return torch.zeros_like(start) if spec.marker_input == "previous" else start
 

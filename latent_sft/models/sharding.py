@@ -1,8 +1,8 @@
 """Parameters that DeepSpeed ZeRO-3 has shared out among the processes: reading them, and calling their modules.
 
 A partitioned parameter is empty except while its module is called (DeepSpeed fills it by hooks around the call) or
-inside `whole`. Both are collectives: every process must come by, in the same order. Without ZeRO-3 all of this does
-nothing, and DeepSpeed is not imported.
+inside `gathered_parameters`. Both are collectives: every process must come by, in the same order. Without ZeRO-3 all
+of this does nothing, and DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 @contextmanager
-def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Fill partitioned parameters on every process while the context lasts, for reading."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:

@@ -1,4 +1,4 @@
-"""Stage 1: Latent Token Encoder and decoder as one module (paper section 3; reference sections 1.2-1.6).
+"""Stage 1: Latent Token Encoder and decoder as one module (arXiv 2510.15522 section 3; docs/internals/method.md).
 
 The encoder reads prompt and CoT under the induction mask; its hidden states at the markers become superpositions; the
 decoder must recover chunks, `</think>` and answer from them under the supervision mask.
@@ -15,7 +15,7 @@ from latent_sft.method.projection import superpose_states
 from latent_sft.method.superposition import with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.attention import decoder_states, encoder_states, use_backend
-from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 from latent_sft.models.head import ce_total
 from latent_sft.models.sharding import call_with, is_partitioned
 
@@ -61,7 +61,7 @@ class Stage1Model(nn.Module):
 
     def _superpose(self, hidden: Tensor) -> Superposition:
         exclude = self.spec.end_think_ids[0] if self.spec.exclude_end else None
-        decoder = core(self.decoder)
+        decoder = unwrap_peft(self.decoder)
         by_input = self.spec.projection == "input"
         module = decoder.get_input_embeddings() if by_input else decoder.get_output_embeddings()
         hidden = hidden.to(module.weight.dtype)  # a half that is trained as a whole is float32 beside a frozen one

@@ -1,4 +1,4 @@
-"""Stage 2: the LLM learns to produce the stored latents by itself, and then the answer (reference section 1.8)."""
+"""Stage 2: the LLM learns to produce the stored latents by itself, and then the answer (docs/internals/method.md)."""
 
 from __future__ import annotations
 

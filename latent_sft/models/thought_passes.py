@@ -31,7 +31,7 @@ from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.method.attention import softcapped
 from latent_sft.method.kv_distill import attention_logits
 from latent_sft.models.attention import planned, use_plans
-from latent_sft.models.backbone import check_window, core, embed
+from latent_sft.models.backbone import check_window, embed, unwrap_peft
 from latent_sft.models.thoughts import Thoughts, iterate, placeholders
 
 
@@ -141,8 +141,8 @@ def use_thoughts(model: nn.Module) -> None:
     """
     if not use_plans(model):
         raise ConfigError(
-            f"model: {type(core(model)).__name__} does not use transformers' attention interface, which training with "
-            "thoughts in hidden states goes through. Use another model, or turn those stages off."
+            f"model: {type(unwrap_peft(model)).__name__} does not use transformers' attention interface, which "
+            "training with thoughts in hidden states goes through. Use another model, or turn those stages off."
         )
 
 
@@ -175,14 +175,14 @@ def run(
     given = Pass(prefix, _mask(real, prefix, gaps), watch)
     out = planned(model, embeds, position, given, output_hidden_states=layers)
     given.over = True
-    count = core(model).config.get_text_config().num_hidden_layers
+    count = unwrap_peft(model).config.get_text_config().num_hidden_layers
     states = out.hidden_states if layers else ()
     complete = sorted(given.keys) == list(range(count)) and (watch is None or len(given.watched) == count)
     if not complete or (layers and len(states or ()) != count + 1):
         raise TrainingError(
-            f"model: {len(given.keys)} of {count} layers of {type(core(model)).__name__} left their keys, values and "
-            "states; distilling them would train nothing. The model needs use_thoughts, and layers that call "
-            "transformers' attention interface in the forward pass."
+            f"model: {len(given.keys)} of {count} layers of {type(unwrap_peft(model)).__name__} left their "
+            "keys, values and states; distilling them would train nothing. The model needs use_thoughts, and layers "
+            "that call transformers' attention interface in the forward pass."
         )
     piece = Piece(
         tuple(given.keys[layer] for layer in range(count)), tuple(given.values[layer] for layer in range(count)), real
@@ -313,7 +313,7 @@ def labelled(last: Tensor, result: Result, index: Tensor) -> Tensor:
 
 def check_length(lm: nn.Module, columns: int) -> None:
     """Refuse sequences longer than a sliding window; `columns` is the longest a row of the batch can be."""
-    check_window(core(lm), columns, "thinking", "Thoughts in hidden states are trained under")
+    check_window(unwrap_peft(lm), columns, "thinking", "Thoughts in hidden states are trained under")
 
 
 def _within(position: Tensor, real: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_sft.method.layout import Kind
-from latent_sft.models.backbone import core, head_table
+from latent_sft.models.backbone import head_table, unwrap_peft
 
 # dense bf16 tensor-core peak of one device, FLOP/s, from the makers' data sheets; part of the device's name -> peak
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -72,7 +72,7 @@ def _body(lm: nn.Module, kind: Tensor, *, back: bool) -> Tensor:
         if p is not table
     ]
     trained = [p for p in weights if p.requires_grad]
-    config = core(lm).config.get_text_config()
+    config = unwrap_peft(lm).config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_size * (3 if back else 1)
     a_token = (4 if back else 2) * _size(weights) + (2 * _size(trained) if back else 0)

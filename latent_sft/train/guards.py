@@ -34,12 +34,13 @@ def check_rows(num_rows: int, train: TrainConfig, section: str, num_processes: i
     """
     if train.max_tokens:
         return  # `TokenBatchSampler` cuts batches to the job's size and checks for itself
-    per_step = train.batch_size * train.accumulation * num_processes
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * num_processes
     if num_rows < per_step:
         how = "Lower global_batch_size" if train.global_batch_size else "Lower one of the three"
+        made = f"gradient_accumulation_steps={train.gradient_accumulation_steps} x {num_processes} processes"
         raise TrainingError(
-            f"{section}: {num_rows} training rows, but one optimizer step takes {per_step} ({section}.batch_size="
-            f"{train.batch_size} x accumulation={train.accumulation} x {num_processes} processes). {how}, or give more "
+            f"{section}: {num_rows} training rows, but one optimizer step takes {per_step} ({section}.micro_batch_size="
+            f"{train.micro_batch_size} x {made}). {how}, or give more "
             "rows (data.train, data.limit_train)."
         )
 

@@ -77,7 +77,7 @@ def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_proc
     if checkpoint is None:
         return train
     facts = read_json(Path(checkpoint) / MARKER)
-    before, micro_batches = facts["processes"], facts["processes"] * facts["accumulation"]
+    before, accumulated = facts["processes"], facts["gradient_accumulation_steps"]
     if before != num_processes and any(Path(checkpoint).glob("global_step*")):
         raise ConfigError(
             f"launch.nproc: got {num_processes} processes, expected {before}: {checkpoint} is a ZeRO checkpoint, which "
@@ -86,15 +86,18 @@ def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_proc
     if train.global_batch_size:
         return train
     if before == num_processes:
-        return dataclasses.replace(train, accumulation=facts["accumulation"])
-    if micro_batches % num_processes:
+        return dataclasses.replace(train, gradient_accumulation_steps=accumulated)
+    if (before * accumulated) % num_processes:
         raise ConfigError(
-            f"launch.nproc: got {num_processes} processes, expected a divisor of {micro_batches}: a step of "
-            f"{checkpoint} takes {before} processes x {section}.accumulation={facts['accumulation']} micro-batches."
+            f"launch.nproc: got {num_processes} processes, expected a divisor of {before * accumulated}: a step of "
+            f"{checkpoint} takes {before} processes x {section}.gradient_accumulation_steps={accumulated} "
+            "micro-batches."
         )
-    log.info("%d processes instead of %d: %s.accumulation becomes %d, so that a step stays what it was", num_processes,
-             before, section, micro_batches // num_processes)  # fmt: skip
-    return dataclasses.replace(train, accumulation=micro_batches // num_processes)
+    log.info(
+        "%d processes instead of %d: %s.gradient_accumulation_steps becomes %d, so that a step stays what it was",
+        num_processes, before, section, before * accumulated // num_processes,
+    )  # fmt: skip
+    return dataclasses.replace(train, gradient_accumulation_steps=before * accumulated // num_processes)
 
 
 class ResumableTrainer(Trainer):
@@ -197,7 +200,8 @@ class Interruption(TrainerCallback):
         if state.is_world_process_zero:
             newest = folder / f"checkpoint-{state.global_step}"
             try:
-                mark_complete(newest, processes=args.world_size, accumulation=args.gradient_accumulation_steps)
+                accumulated = args.gradient_accumulation_steps
+                mark_complete(newest, processes=args.world_size, gradient_accumulation_steps=accumulated)
             except (OSError, ArtefactError) as error:
                 raise _unwritten(newest, error) from error
             rotate(folder, self.keep, {state.global_step, state.best_global_step})

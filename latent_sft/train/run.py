@@ -26,7 +26,7 @@ from latent_sft.errors import ArtefactError, Interrupted, TrainingError
 from latent_sft.inference.solve import as_rows
 from latent_sft.methods import STAGES
 from latent_sft.methods.base import Setup, Stage
-from latent_sft.models.backbone import core
+from latent_sft.models.backbone import unwrap_peft
 from latent_sft.runs import Step, read_json
 from latent_sft.stores import store_latents
 from latent_sft.train import zero
@@ -97,7 +97,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
     check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
-    sampler = _sampler(stage, setup, work, train.accumulation * processes().num_processes)
+    sampler = _sampler(stage, setup, work, train.gradient_accumulation_steps * processes().num_processes)
     setup = dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch())
     total = _total_steps(train, sampler)
     if checkpoint:
@@ -178,7 +178,7 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
         )
     facts = read_json(Path(checkpoint) / MARKER)
     setup = work.setup(name)
-    sampler = _sampler(stage, setup, work, facts["accumulation"] * facts["processes"])
+    sampler = _sampler(stage, setup, work, facts["gradient_accumulation_steps"] * facts["processes"])
     step.begin(config.seed, departures(step, checkpoint, stage.section, ends=True))
     state, seconds, rows = state_of(checkpoint), _seconds_before(checkpoint), len(work.data["train"])
     write_final(state, sampler, stage, setup, step, seconds, rows, ended_early=True)
@@ -187,11 +187,12 @@ def finish_stage(config: Config, name: str, work: Workspace | None = None) -> St
 
 def _step_size(train: TrainConfig, num_processes: int) -> str:
     # a learning rate belongs to a batch, and fewer processes make it smaller where only their share is configured
-    size = train.max_tokens or train.batch_size
+    size = train.max_tokens or train.micro_batch_size
     unit = "positions at most" if train.max_tokens else "examples"
     return (
-        f"a step takes {size * train.accumulation * num_processes} {unit} ({size} a micro-batch x accumulation "
-        f"{train.accumulation} x {num_processes} process{'es' if num_processes > 1 else ''})"
+        f"a step takes {size * train.gradient_accumulation_steps * num_processes} {unit} ({size} a micro-batch x "
+        f"accumulation {train.gradient_accumulation_steps} "
+        f"x {num_processes} process{'es' if num_processes > 1 else ''})"
     )
 
 
@@ -214,7 +215,7 @@ def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> Leng
         lengths = stage.lengths(data, setup)
         sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
-        sampler = LengthBucketSampler(list(data["length"]), train.batch_size * per_step, seed)
+        sampler = LengthBucketSampler(list(data["length"]), train.micro_batch_size * per_step, seed)
     curriculum = stage.curriculum(dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch()))
     if curriculum is not None:
         sampler.number = curriculum.number(len(data), _total_steps(train, sampler), seed)
@@ -235,10 +236,10 @@ def _arguments(
         schedule = {"lr_scheduler_type": "constant_with_warmup"}
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.micro_batch_size,
         # accelerate can even out processes only where batches have one size; token batches are even as they come
         accelerator_config={"even_batches": not train.max_tokens},
-        gradient_accumulation_steps=train.accumulation,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_steps=train.max_steps or -1,
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
@@ -273,7 +274,7 @@ def _arguments(
 def _checkpoint_activations(model: torch.nn.Module) -> None:
     for name in ("lm", "encoder", "decoder"):
         if hasattr(model, name):
-            lm = core(getattr(model, name))
+            lm = unwrap_peft(getattr(model, name))
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

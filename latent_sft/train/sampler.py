@@ -106,8 +106,8 @@ class TokenBatchSampler(Sampler[list[int]]):
             )
         if len(alone) < per_step:
             raise ConfigError(
-                f"{section}.accumulation: a step takes {per_step} micro-batches (accumulation x processes), but there "
-                f"are only {len(alone)} training examples; lower it."
+                f"{section}.gradient_accumulation_steps: a step takes {per_step} micro-batches (accumulation x "
+                f"processes), but there are only {len(alone)} training examples; lower it."
             )
         self.per_step, self.seed, self.epoch = per_step, seed, 0
         self.number: Number | None = None

@@ -141,7 +141,7 @@ class LatentTrainer(ResumableTrainer):
             latent = Superposition(out["latent_ids"], out["latent_weights"])
             sums["latents"] = mask.sum()
             sums["latent_entropy"] = (entropy(latent) * mask).sum()
-            sums["end_share"] = ((latent.ids[..., 0] == self.end_id) & mask).sum()
+            sums["end_token_rate"] = ((latent.ids[..., 0] == self.end_id) & mask).sum()
         for name, value in sums.items():
             value = value.double().to(self.args.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -168,7 +168,7 @@ class LatentTrainer(ResumableTrainer):
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if "latents" in sums:
                 logs["latent_entropy"] = sums["latent_entropy"] / sums["latents"]
-                logs["end_share"] = sums["end_share"] / sums["latents"]
+                logs["end_token_rate"] = sums["end_token_rate"] / sums["latents"]
             self._warn_of_collapse(logs)
             self._sums, self._since, self._logged_step = {}, now, self.state.global_step
             if not torch.isfinite(torch.tensor(logs["loss"])):
@@ -181,7 +181,7 @@ class LatentTrainer(ResumableTrainer):
     def _warn_of_collapse(self, logs: dict[str, float]) -> None:
         # once: a collapse that begins does not go away by itself, and the numbers are in the log
         past_warm_up = self.state.global_step > self.args.get_warmup_steps(self.state.max_steps)
-        collapsed = logs.get("end_share", 0.0) > 0.5 or logs.get("latent_entropy", 1.0) < 0.02
+        collapsed = logs.get("end_token_rate", 0.0) > 0.5 or logs.get("latent_entropy", 1.0) < 0.02
         if collapsed and past_warm_up and not self._warned:
             self._warned = True
             log.warning(
@@ -189,7 +189,7 @@ class LatentTrainer(ResumableTrainer):
                 "latent.temperature, keep latent.exclude_end=true, start from the cot stage, or train both halves "
                 "together (docs/pipeline.md).",
                 self.state.global_step,
-                100 * logs.get("end_share", 0.0),
+                100 * logs.get("end_token_rate", 0.0),
                 logs.get("latent_entropy", 0.0),
             )
 

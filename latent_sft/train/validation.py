@@ -38,5 +38,5 @@ def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: li
     if latents:
         flat = Superposition(*(torch.cat(parts) for parts in zip(*latents, strict=True)))
         metrics["latent_entropy"] = entropy(flat).mean().item()
-        metrics["end_share"] = (flat.ids[:, 0] == work.spec.end_think_ids[0]).float().mean().item()
+        metrics["end_token_rate"] = (flat.ids[:, 0] == work.spec.end_think_ids[0]).float().mean().item()
     return metrics

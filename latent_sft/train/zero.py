@@ -28,7 +28,7 @@ from latent_sft.config.schema import LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.launcher import is_worker
-from latent_sft.models.sharding import is_partitioned, whole
+from latent_sft.models.sharding import gathered_parameters, is_partitioned
 from latent_sft.workspace import processes
 
 # elements reduced at once; DeepSpeed's own 5e8 reserves 2 GB on every GPU for buckets that are no faster
@@ -37,12 +37,12 @@ BUCKET = 50_000_000
 OURS = {
     "optimizer": "learning_rate, weight_decay, beta2",
     "scheduler": "schedule, warmup_ratio, min_lr_ratio",
-    "train_batch_size": "batch_size, accumulation, global_batch_size, launch.nproc",
-    "train_micro_batch_size_per_gpu": "batch_size, max_tokens",
-    "gradient_accumulation_steps": "accumulation, global_batch_size",
+    "train_batch_size": "micro_batch_size, gradient_accumulation_steps, global_batch_size, launch.nproc",
+    "train_micro_batch_size_per_gpu": "micro_batch_size, max_tokens",
+    "gradient_accumulation_steps": "gradient_accumulation_steps, global_batch_size",
     "gradient_clipping": "max_grad_norm",
-    "prescale_gradients": "normalisation",
-    "gradient_predivide_factor": "normalisation",
+    "prescale_gradients": "loss_reduction",
+    "gradient_predivide_factor": "loss_reduction",
     "fp16": "mixed_precision, model.dtype",
     "bf16": "mixed_precision, model.dtype",
     "bfloat16": "mixed_precision, model.dtype",
@@ -75,8 +75,8 @@ def settings(config: Config, train: TrainConfig) -> dict[str, Any] | None:
     if launch.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     made = {
-        "train_micro_batch_size_per_gpu": train.batch_size,
-        "gradient_accumulation_steps": train.accumulation,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW
         "zero_force_ds_cpu_optimizer": False,
@@ -194,7 +194,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     keep, found = processes().is_main_process, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with whole([parameter]):
+            with gathered_parameters([parameter]):
                 if keep:
                     found[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
     return found

@@ -90,7 +90,7 @@ def test_an_empty_value_is_the_empty_string_and_a_value_may_hold_an_equals_sign(
         ("latent.noise_clip=[3,1]", "latent.noise_clip: got (3.0, 1.0), expected [low, high] with low < high."),
         ("latent.min_latents=500", "latent.min_latents: got 500, expected 0 to max_latents=128."),
         ("stage2.max_steps=-1", "stage2.max_steps: got -1, expected 0 (train `epochs`) or a number of steps."),
-        ("no_cot.batch_size=0", "no_cot.batch_size: got 0, expected an integer >= 1."),
+        ("no_cot.micro_batch_size=0", "no_cot.micro_batch_size: got 0, expected an integer >= 1."),
         ("stage1.union.learning_rate=nan", "stage1.union.learning_rate: got nan, expected a number > 0."),
         ("data.synthetic.min_steps=9", "data.synthetic.min_steps: got 9, expected 1 to max_steps=5."),
         ("model.tiny.num_heads=3", "model.tiny.num_heads: got 3, expected a divisor of hidden_size."),
@@ -243,7 +243,10 @@ def test_adapters_count_twice_unless_said() -> None:
     [
         (["cot.global_batch_size=-1"], "cot.global_batch_size: got -1, expected 0 or a number of examples"),
         (["cot.global_batch_size=64", "cot.max_tokens=99"], "cot.global_batch_size: got 64, expected 0, where max_tok"),
-        (["cot.global_batch_size=64", "cot.accumulation=2"], "cot.accumulation: got 2, expected 1, or global_batch_si"),
+        (
+            ["cot.global_batch_size=64", "cot.gradient_accumulation_steps=2"],
+            "cot.gradient_accumulation_steps: got 2, expected 1, or global_batch_si",
+        ),
     ],
 )
 def test_a_global_batch_is_the_only_one_to_say_what_a_step_takes(overrides: list[str], message: str) -> None:
@@ -277,7 +280,7 @@ def test_gradients_of_float16_need_their_scaler() -> None:
         ("kava: {num_latents: 24}", [], ["kava"]),
         ("kava: {num_latents: 24, train: {enabled: false}}", ["kava.train.max_steps=3"], []),
         # what every stage has, and sections without a stage, name none
-        ("train: {max_steps: 5}\nlabels: {batch_size: 4}\nlatent: {rate: 4}", ["train.batch_size=3"], []),
+        ("train: {max_steps: 5}\nlabels: {batch_size: 4}\nlatent: {rate: 4}", ["train.micro_batch_size=3"], []),
     ],
 )
 def test_a_stage_trains_where_it_is_named(write: Any, text: str, overrides: list[str], on: list[str]) -> None:
@@ -292,13 +295,15 @@ def test_a_method_that_trains_nothing_is_named_too() -> None:
 
 
 def test_train_is_for_every_stage_and_a_stage_says_what_differs(write: Any) -> None:
-    config = load_config(write("cot: {batch_size: 4}\ntrain: {batch_size: 8, max_steps: 7}\n"))
-    assert (config.cot.batch_size, config.cot.max_steps) == (4, 7)
-    assert {config.stage(stage).batch_size for stage in STAGES if stage != "cot"} == {8}
-    assert config.train.batch_size == 8
+    config = load_config(write("cot: {micro_batch_size: 4}\ntrain: {micro_batch_size: 8, max_steps: 7}\n"))
+    assert (config.cot.micro_batch_size, config.cot.max_steps) == (4, 7)
+    assert {config.stage(stage).micro_batch_size for stage in STAGES if stage != "cot"} == {8}
+    assert config.train.micro_batch_size == 8
     # a later layer is stronger, of either kind
-    config = load_config(write("cot: {batch_size: 4, max_steps: 7}\n"), ["train.max_steps=2", "no_cot.max_steps=3"])
-    found = (config.cot.max_steps, config.cot.batch_size, config.no_cot.max_steps, config.stage2.max_steps)
+    config = load_config(
+        write("cot: {micro_batch_size: 4, max_steps: 7}\n"), ["train.max_steps=2", "no_cot.max_steps=3"]
+    )
+    found = (config.cot.max_steps, config.cot.micro_batch_size, config.no_cot.max_steps, config.stage2.max_steps)
     assert found == (2, 4, 3, 2)
 
 
@@ -306,7 +311,7 @@ def test_train_is_for_every_stage_and_a_stage_says_what_differs(write: Any) -> N
     ("override", "message"),
     [
         ("train.max_steps=two", "override 'train.max_steps=two': train.max_steps: Value 'two'"),
-        ("train.batch_size=0", "train.batch_size: got 0, expected an integer >= 1."),
+        ("train.micro_batch_size=0", "train.micro_batch_size: got 0, expected an integer >= 1."),
         ("train.max_step=1", "unknown key 'train.max_step'. Did you mean 'train.max_steps'?"),
         ("train.enabled=true", "unknown key 'train.enabled'"),
         ("train=5", "override 'train=5': train: "),
@@ -329,10 +334,10 @@ def test_files_inherit(write: Any, tmp_path: Path) -> None:
 
 
 def test_what_a_base_names_is_on_unless_the_file_says_otherwise(write: Any) -> None:
-    write("train: {batch_size: 8}\ncot: {batch_size: 4}\nno_cot: {}\n", "base.yaml")
+    write("train: {micro_batch_size: 8}\ncot: {micro_batch_size: 4}\nno_cot: {}\n", "base.yaml")
     config = load_config(write("defaults: [base.yaml]\nno_cot: {enabled: false}\ntrain: {max_steps: 3}\n"))
     assert (config.cot.enabled, config.no_cot.enabled) == (True, False)
-    assert (config.cot.batch_size, config.cot.max_steps, config.stage2.batch_size) == (4, 3, 8)
+    assert (config.cot.micro_batch_size, config.cot.max_steps, config.stage2.micro_batch_size) == (4, 3, 8)
 
 
 def test_a_preset_and_its_bases_can_be_inherited(write: Any) -> None:

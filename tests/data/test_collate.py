@@ -20,7 +20,7 @@ SHORT = {"id": "1", "hash": "y", "prompt": [1, 5], "cot": [16], "segment_lengths
 
 
 def test_decoder_in_two_track_order() -> None:
-    batch = stage1_batch([LONG, SHORT], SPEC, normalisation="token")
+    batch = stage1_batch([LONG, SHORT], SPEC, loss_reduction="token")
     # P P P P P z1 z2 z3 </ th > A | c; d and e end a chunk and EOS the answer: nobody sees them, they predict nothing
     assert batch["ids"].tolist() == [
         [1, 2, 3, 4, 5, 0, 0, 0, 21, 22, 23, 31, 13],
@@ -41,7 +41,7 @@ def test_decoder_in_two_track_order() -> None:
 
 def test_groups_are_as_wide_as_the_longest_chunk_of_the_batch() -> None:
     rows = [{**LONG, "segment_lengths": [1, 1, 3]}, {**LONG, "segment_lengths": [1, 2, 2]}]
-    batch = stage1_batch(rows, SPEC, normalisation="token")
+    batch = stage1_batch(rows, SPEC, loss_reduction="token")
     main = 5 + 3 + 3 + 1
     # c | d e of `b | c d e`; then b of `b c` and d of `d e`: one group of the first row stays empty
     assert batch["ids"][:, main:].tolist() == [[13, 14, 0, 0], [12, 0, 14, 0]]
@@ -70,12 +70,12 @@ def test_given_latents_take_the_encoders_place() -> None:
         asked.append((row_id, row_hash))
         return labels[row_id]
 
-    batch = stage1_batch([LONG, SHORT], SPEC, normalisation="token", label_of=label_of)
+    batch = stage1_batch([LONG, SHORT], SPEC, loss_reduction="token", label_of=label_of)
     assert asked == [("0", "x"), ("1", "y")]
     assert not any(key.startswith("encoder") for key in batch)
     assert batch["latent_ids"][1].tolist() == [[7, 7], [0, 0], [0, 0]]
     assert batch["latent_weights"][1, 0].tolist() == [0.8999999761581421, 0.10000000149011612]
-    plain = stage1_batch([LONG, SHORT], SPEC, normalisation="token")
+    plain = stage1_batch([LONG, SHORT], SPEC, loss_reduction="token")
     for key in ("ids", "target_index", "anchor", "latent_mask", "counts"):
         assert torch.equal(batch[key], plain[key])
 
@@ -93,7 +93,7 @@ def test_what_is_left_out_neither_predicts_nor_is_seen() -> None:
 def test_workers_hand_over_no_square_tensor() -> None:
     """Masks are never made by data workers: nothing in a batch grows with the square of its length."""
     label = Superposition(torch.ones(3, 2, dtype=torch.long), torch.full((3, 2), 0.5))
-    options = {"spec": SPEC, "normalisation": "token"}
+    options = {"spec": SPEC, "loss_reduction": "token"}
     batches = [
         stage1_batch([LONG], **options),
         stage2_batch([LONG], **options, label_of=lambda *_: label),

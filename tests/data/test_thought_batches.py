@@ -17,7 +17,7 @@ ROWS = [
     {"id": "a", "hash": "1", "prompt": [9, 8, 4], "cot": [11, 12, 13], "step_lengths": [2, 1], "answer": [20, 1]},
     {"id": "b", "hash": "2", "prompt": [9, 4], "cot": [14], "step_lengths": [1], "answer": [21, 22, 1]},
 ]
-OPTIONS = {"normalisation": "token", "drop_last_step": True}
+OPTIONS = {"loss_reduction": "token", "drop_last_step": True}
 
 
 def test_distill_batch_by_hand():
@@ -49,11 +49,11 @@ def test_what_counts_for_keys_and_values():
 
     assert counts(span="delimiter")[3] == 2
     assert counts(short="zero")[3] == 2
-    assert distill_batch(ROWS, SPEC, THINKS, normalisation="token", drop_last_step=False)["counts"].tolist()[3] == 2
+    assert distill_batch(ROWS, SPEC, THINKS, loss_reduction="token", drop_last_step=False)["counts"].tolist()[3] == 2
 
 
 def test_weights_of_a_sample_sum_to_one():
-    batch = distill_batch(ROWS, SPEC, THINKS, normalisation="sample", drop_last_step=True)
+    batch = distill_batch(ROWS, SPEC, THINKS, loss_reduction="sample", drop_last_step=True)
     assert batch["target_weights"].tolist() == pytest.approx([1 / 2] * 2 + [1 / 3] * 3)
     assert batch["teacher_target_weights"].tolist() == pytest.approx([1 / 6] * 6 + [1 / 5] * 5)
     assert batch["counts"].tolist() == [2, 2, 2, 1]
@@ -68,13 +68,13 @@ def test_seeds_are_those_of_the_rows():
 def test_coconut_batch_by_hand():
     """c = 2. Stage 1: row a keeps its second step, row b has none left; both have two latents."""
     config = CoconutConfig(latents_per_step=2, max_stage=2)
-    batch = coconut_batch([{**r, "phase": 1} for r in ROWS], SPEC, config, normalisation="token")
+    batch = coconut_batch([{**r, "phase": 1} for r in ROWS], SPEC, config, loss_reduction="token")
     assert batch["tail_ids"].tolist() == [[13, 5, 6, 20, 1], [5, 6, 21, 22, 1]]
     assert batch["thought_mask"].tolist() == [[True, True]] * 2
     assert batch["target_index"].tolist() == [*range(5), *range(6, 11)]
     assert batch["targets"].tolist() == [13, 5, 6, 20, 1, 5, 6, 21, 22, 1]
     assert batch["counts"].tolist() == [10]
-    last = coconut_batch([{**r, "phase": 3} for r in ROWS], SPEC, config, normalisation="token")
+    last = coconut_batch([{**r, "phase": 3} for r in ROWS], SPEC, config, loss_reduction="token")
     assert last["tail_ids"].tolist() == [[5, 6, 20, 1, 0], [5, 6, 21, 22, 1]]
     assert last["thought_mask"].all() and last["thought_mask"].shape == (2, 4)
 
@@ -83,7 +83,7 @@ def test_passes_are_those_of_the_stage_or_of_all_where_stages_mix():
     mixed = [{**ROWS[0], "phase": 0}, {**ROWS[1], "phase": 1}]
     for chance, passes in ((0.0, 2), (0.5, 6)):
         config = CoconutConfig(latents_per_step=2, max_stage=3, uniform_prob=chance)
-        mask = coconut_batch(mixed, SPEC, config, normalisation="token")["thought_mask"]
+        mask = coconut_batch(mixed, SPEC, config, loss_reduction="token")["thought_mask"]
         assert mask.shape == (2, passes) and mask.sum(1).tolist() == [0, 2]
 
 
@@ -99,13 +99,13 @@ def test_a_row_that_does_not_say_where_steps_end_is_named():
     with pytest.raises(DataError, match="row a: its steps are not parts of its CoT"):
         distill_batch(rows, SPEC, THINKS, **OPTIONS)
     with pytest.raises(DataError, match="row a"):
-        coconut_batch(rows, SPEC, CoconutConfig(), normalisation="token")
+        coconut_batch(rows, SPEC, CoconutConfig(), loss_reduction="token")
     # not needed where all of the CoT is kept
-    assert distill_batch(rows, SPEC, THINKS, normalisation="token", drop_last_step=False)["trace_length"].tolist() == [
+    assert distill_batch(rows, SPEC, THINKS, loss_reduction="token", drop_last_step=False)["trace_length"].tolist() == [
         3
     ]
     rows[0]["phase"] = 0
-    assert coconut_batch(rows, SPEC, CoconutConfig(), normalisation="token")["tail_ids"].shape == (1, 7)
+    assert coconut_batch(rows, SPEC, CoconutConfig(), loss_reduction="token")["tail_ids"].shape == (1, 7)
 
 
 def test_lengths_bound_the_columns_of_every_batch():
@@ -117,10 +117,10 @@ def test_lengths_bound_the_columns_of_every_batch():
     ):
         lengths = distill_lengths(data, SPEC, spec)
         width = int(lengths.width(lengths.parts.amax(0)))
-        batch = distill_batch(ROWS, SPEC, spec, normalisation="token", drop_last_step=False)
+        batch = distill_batch(ROWS, SPEC, spec, loss_reduction="token", drop_last_step=False)
         assert width == batch["kind"].shape[1] + 3 * (passes - 1)
     config = CoconutConfig(max_stage=2)
     lengths = coconut_lengths(data, SPEC, config)
-    full = coconut_batch([{**r, "phase": 0} for r in ROWS], SPEC, config, normalisation="token")["kind"].shape[1]
+    full = coconut_batch([{**r, "phase": 0} for r in ROWS], SPEC, config, loss_reduction="token")["kind"].shape[1]
     assert int(lengths.width(lengths.parts.amax(0))) == full + config.num_latents
     assert torch.equal(lengths.parts[0], torch.tensor([3, 3 + 2 + 2]))

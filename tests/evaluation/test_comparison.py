@@ -112,7 +112,7 @@ def rows(comparison) -> dict[str, dict]:
 
 
 def test_every_model_once_and_named_after_its_variant_where_that_is_enough(rows):
-    # CoT is part of every variant, and one row; the gold path comes with each Latent-SFT
+    # CoT is part of every variant, and one row; the oracle latents comes with each Latent-SFT
     assert list(rows) == ["no-cot", "cot", "r2/stage1", "r4/stage1", "r2", "r4", "soft-thinking", "kava"]
     assert rows["cot"]["variant"] == "baselines"
     assert [row["kind"] for row in rows.values()] == [
@@ -171,7 +171,7 @@ def test_accuracies_and_differences_are_those_of_the_files(comparison, rows):
         "num_examples": 20,
     }
     assert rows["cot"]["against_cot"] is None
-    # the gold path and Soft Thinking, however good, are not the best latent method
+    # the oracle latents and Soft Thinking, however good, are not the best latent method
     (best,) = [name for name, row in rows.items() if row["best"]]
     assert best == max(("r2", "r4", "kava"), key=lambda name: rows[name]["accuracy"])
     assert rows[best]["against_best"] is None and rows["no-cot"]["against_best"]["to"] == best

@@ -48,7 +48,7 @@ CONFIG = [
             "max_steps=10",
             "eval_every=10",
             "eval_examples=1",
-            "batch_size=8",
+            "micro_batch_size=8",
             "learning_rate=3e-3",
             "warmup_ratio=0.2",
             "log_every=1",
@@ -58,7 +58,7 @@ CONFIG = [
 
 
 def of_every_stage(*settings: str) -> list[str]:
-    """Return the settings, such as `accumulation=4`, for each stage."""
+    """Return the settings, such as `gradient_accumulation_steps=4`, for each stage."""
     return [f"{section}.{setting}" for section in SECTIONS.values() for setting in settings]
 
 

@@ -40,7 +40,7 @@ def test_cut_otherwise(tmp_path, monkeypatch):
 
     original = LengthBucketSampler.__iter__
     monkeypatch.setattr(LengthBucketSampler, "__iter__", shuffled)
-    cut = record.of_every_stage("batch_size=2", "accumulation=4", "gradient_checkpointing=true")
+    cut = record.of_every_stage("micro_batch_size=2", "gradient_accumulation_steps=4", "gradient_checkpointing=true")
     assert_golden(record.trajectories(tmp_path / "run", *cut))
 
 
@@ -48,7 +48,7 @@ def test_cut_otherwise(tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", ["accumulation", "checkpointing"])
 def test_each_alone(tmp_path, setting):
     settings = {
-        "accumulation": record.of_every_stage("batch_size=1", "accumulation=8"),
+        "accumulation": record.of_every_stage("micro_batch_size=1", "gradient_accumulation_steps=8"),
         "checkpointing": record.of_every_stage("gradient_checkpointing=true"),
     }
     assert_golden(record.trajectories(tmp_path / "run", *settings[setting]))
@@ -57,7 +57,7 @@ def test_each_alone(tmp_path, setting):
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """2 processes x 2 micro-batches x 2 rows instead of 8 rows."""
-    cut = record.of_every_stage("batch_size=2", "accumulation=2")
+    cut = record.of_every_stage("micro_batch_size=2", "gradient_accumulation_steps=2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, record.__file__, tmp_path, *cut], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -120,8 +120,8 @@ def test_models_without_latents_are_shown_too(
 def test_a_model_that_needs_the_reference_cot_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for path in checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "thinker.json").write_text(json.dumps({"thinker": "gold"}))
-    with pytest.raises(ArtefactError, match=r"its thoughts are made from the reference CoT \('gold'\); expected"):
+    (tmp_path / "thinker.json").write_text(json.dumps({"thinker": "oracle"}))
+    with pytest.raises(ArtefactError, match=r"its thoughts are made from the reference CoT \('oracle'\); expected"):
         load(tmp_path)
 
 

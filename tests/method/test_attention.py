@@ -33,7 +33,7 @@ def batches(draw: st.DrawFn) -> dict[str, Tensor]:
     """Ragged prompts, segments and answers; one latent, or none of the chunks, happen."""
     lengths = st.lists(st.integers(1, 5), min_size=1, max_size=6)
     sizes = draw(st.lists(st.tuples(st.integers(1, 6), lengths, st.integers(0, 3)), min_size=1, max_size=3))
-    return stage1_batch([row(i, *size) for i, size in enumerate(sizes)], SPEC, normalisation="token")
+    return stage1_batch([row(i, *size) for i, size in enumerate(sizes)], SPEC, loss_reduction="token")
 
 
 def states(batch: int, length: int, heads: int, groups: int, seed: int) -> list[Tensor]:
@@ -102,7 +102,7 @@ def test_many_blocks_of_branches_and_markers(lengths: list[int], monkeypatch: py
     """Blocks much smaller than the batch, so that every seam is crossed."""
     monkeypatch.setattr(attention, "BRANCH_BLOCK", 12)
     monkeypatch.setattr(attention, "MARKER_BLOCK", 7)
-    batch = stage1_batch([row(0, 3, lengths, 2)], SPEC, normalisation="token")
+    batch = stage1_batch([row(0, 3, lengths, 2)], SPEC, loss_reduction="token")
     keep = supervision_mask(batch["kind"], batch["branch"], batch["time"])
     real = batch["kind"][0] > 0
     inputs = states(*batch["ids"].shape, 2, 1, 0)
@@ -115,7 +115,7 @@ def test_many_blocks_of_branches_and_markers(lengths: list[int], monkeypatch: py
 
 def test_masks_are_as_small_as_the_layout_allows() -> None:
     """160 markers of 2 tokens each: two blocks, the first reads only the text that its markers see."""
-    batch = stage1_batch([row(0, 10, [2] * 160, 1)], SPEC, normalisation="token")
+    batch = stage1_batch([row(0, 10, [2] * 160, 1)], SPEC, loss_reduction="token")
     text = batch["encoder_ids"].shape[1] - 160
     assert text == 10 + 320
     first, second = induction_tracks(batch["encoder_anchor"], text, torch.float32).markers
@@ -123,7 +123,7 @@ def test_masks_are_as_small_as_the_layout_allows() -> None:
 
 
 def test_dropout_drops_and_keeps_the_mean() -> None:
-    batch = stage1_batch([row(0, 4, [2] * 8, 2)], SPEC, normalisation="token")
+    batch = stage1_batch([row(0, 4, [2] * 8, 2)], SPEC, loss_reduction="token")
     inputs = states(*batch["ids"].shape, 2, 1, 0)
     torch.manual_seed(0)
     for softcap in (None, 3.0):

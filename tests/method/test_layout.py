@@ -66,9 +66,9 @@ def examples(draw: st.DrawFn) -> tuple[reference.Example, int]:
     return example, rate
 
 
-def decoder_row_of(example: reference.Example, rate: int, normalisation: str = "token") -> Row:
+def decoder_row_of(example: reference.Example, rate: int, loss_reduction: str = "token") -> Row:
     pieces = split_cot(example.cot, fixed_segments(len(example.cot), rate))
-    return decoder_row(example.prompt, pieces, example.end_think, example.answer, normalisation)
+    return decoder_row(example.prompt, pieces, example.end_think, example.answer, loss_reduction)
 
 
 def assert_matches(row: Row, slots: list[reference.Slot], pairs: list[tuple[int, int]]) -> None:
@@ -217,21 +217,21 @@ def test_worked_example_weights() -> None:
         "sample": [1 / 8] * 8,
         "segment": [1 / 6, 1 / 6, 1 / 3] + [1 / 15] * 5,
     }
-    for normalisation, weights in expected.items():
-        row = decoder_row(P, SEGMENTS, END, [A, EOS], normalisation)
+    for loss_reduction, weights in expected.items():
+        row = decoder_row(P, SEGMENTS, END, [A, EOS], loss_reduction)
         assert [row.weight[t] for t in at] == pytest.approx(weights)
         assert [w for t, w in enumerate(row.weight) if t not in at] == [0.0] * 8
-        assert loss_count(row, normalisation) == (8 if normalisation == "token" else 1)
+        assert loss_count(row, loss_reduction) == (8 if loss_reduction == "token" else 1)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(examples(), min_size=1, max_size=4), st.randoms(use_true_random=False))
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_weights_and_counts_give_the_reference_normalisation(normalisation: str, batch: list, random) -> None:
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
+def test_weights_and_counts_give_the_reference_normalisation(loss_reduction: str, batch: list, random) -> None:
     rows, grouped = [], []
     total = count = 0.0
     for example, rate in batch:
-        row = decoder_row_of(example, rate, normalisation)
+        row = decoder_row_of(example, rate, loss_reduction)
         slots = reference.decoder_slots(example, reference.chunks(example.cot, rate))
         losses = {source: random.uniform(0, 5) for source, _target in reference.ce_pairs(slots)}
         segments: dict[int, list[float]] = {}
@@ -239,17 +239,17 @@ def test_weights_and_counts_give_the_reference_normalisation(normalisation: str,
             segments.setdefault(slots[target].chunk if slots[target].kind == "text" else 99, []).append(losses[source])
         grouped.append(list(segments.values()))
         total += sum(row.weight[t] * loss for t, loss in losses.items())
-        count += loss_count(row, normalisation)
+        count += loss_count(row, loss_reduction)
         rows.append(row)
-    assert total / count == pytest.approx(reference.normalise(grouped, normalisation))
+    assert total / count == pytest.approx(reference.normalise(grouped, loss_reduction))
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_weight_is_zero_exactly_where_there_is_no_target(normalisation: str) -> None:
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
+def test_weight_is_zero_exactly_where_there_is_no_target(loss_reduction: str) -> None:
     for row in (
-        decoder_row(P, SEGMENTS, END, [A, EOS], normalisation),
-        stage2_row(P, 3, END, [A, EOS], normalisation),
-        explicit_row(P, [a, b], END, [A, EOS], normalisation),
+        decoder_row(P, SEGMENTS, END, [A, EOS], loss_reduction),
+        stage2_row(P, 3, END, [A, EOS], loss_reduction),
+        explicit_row(P, [a, b], END, [A, EOS], loss_reduction),
     ):
         assert [weight > 0 for weight in row.weight] == [target != IGNORE for target in row.target]
         assert len({len(column) for column in row}) == 1

@@ -106,7 +106,7 @@ def gpt2() -> GPT2LMHeadModel:
 def test_loss_and_gradients_equal_the_slow_definition(side, removed):
     rows = [{**row, "phase": gone} for row, gone in zip(ROWS, removed, strict=True)]
     model, lm = ExplicitModel(gpt2()), gpt2()
-    batch = icot_batch(rows, SPEC, ICoTConfig(removal_side=side), normalisation="token")
+    batch = icot_batch(rows, SPEC, ICoTConfig(removal_side=side), loss_reduction="token")
     loss = model(**batch)["ce_total"] / batch["counts"][0]
     expected = mean_loss(lm, removed, side)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_the_slow_definition(side, removed):
 
 
 def test_a_row_without_a_phase_has_its_whole_cot():
-    batch = icot_batch(ROWS, SPEC, ICoTConfig(), normalisation="token")
+    batch = icot_batch(ROWS, SPEC, ICoTConfig(), loss_reduction="token")
     assert batch["ids"][0].tolist()[:13] == [8, 9, 3, 4, 10, 11, 12, 13, 14, 5, 6, 20, EOS]
 
 
@@ -125,7 +125,7 @@ def test_a_row_without_a_phase_has_its_whole_cot():
 def test_removal_touches_nothing_but_the_cot(side):
     for removed in range(12):
         rows = [{**row, "phase": removed} for row in ROWS]
-        batch = icot_batch(rows, SPEC, ICoTConfig(removal_side=side), normalisation="token")
+        batch = icot_batch(rows, SPEC, ICoTConfig(removal_side=side), loss_reduction="token")
         for row, ids, kind in zip(ROWS, batch["ids"].tolist(), batch["kind"], strict=True):
             length = int((kind > 0).sum())
             tail = [*END, *row["answer"]]
@@ -268,7 +268,7 @@ def test_how_a_step_is_cut_up_decides_nothing_that_is_removed(tiny_config, tmp_p
     found, losses = {}, {}
     for way, size, accumulation in (("whole", 8, 1), ("cut", 2, 4)):
         shown: list[tuple[str, int]] = []
-        settings = [f"icot.train.batch_size={size}", f"icot.train.accumulation={accumulation}"]
+        settings = [f"icot.train.micro_batch_size={size}", f"icot.train.gradient_accumulation_steps={accumulation}"]
         with pytest.MonkeyPatch.context() as patch:
             watched(patch, lambda rows, shown=shown: shown.extend((r["id"], r["phase"]) for r in rows))
             config = tiny_config(*SETTINGS, *settings, f"run_dir={tmp_path / way}")
@@ -302,7 +302,7 @@ def test_the_model_is_the_best_of_those_with_as_much_left_out(tiny_config, monke
     """Accuracy falls as the CoT goes; a score from before the last removal does not count."""
     accuracies = iter([1.0, 0.75, 0.5, 0.25])
     monkeypatch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
-    step = train_stage(tiny_config(*SETTINGS, "icot.train.eval_every=2", "icot.train.batch_size=4"), "icot")
+    step = train_stage(tiny_config(*SETTINGS, "icot.train.eval_every=2", "icot.train.micro_batch_size=4"), "icot")
     # 30 steps an epoch, a token every 4: steps 4 to 7 lack one token
     assert (step.results()["best_step"], step.results()["validation_accuracy"]) == (6, 0.5)
 
@@ -397,7 +397,8 @@ def test_the_recipe_runs_to_its_report(files, tmp_path):
     """On a GPT-2 of two layers: four steps per epoch, so that two epochs leave out eight tokens."""
     base = save_base("gpt2", tmp_path / "base")
     settings = [
-        "icot.remove_per_epoch=4", "icot.train.epochs=2", "icot.train.batch_size=2", "icot.train.global_batch_size=2",
+        "icot.remove_per_epoch=4", "icot.train.epochs=2", "icot.train.micro_batch_size=2",
+        "icot.train.global_batch_size=2",
         f"run_dir={tmp_path / 'run'}", f"model.name_or_path={base}",
     ]  # fmt: skip
     assert not cli.main(["run", "icot_mult4", *files, *settings])

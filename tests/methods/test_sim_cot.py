@@ -110,7 +110,7 @@ def codi_model(settings: SelfDistillConfig) -> SimCotModel:
 
 def codi_rows(rows: list[dict], settings: SelfDistillConfig) -> dict[str, Tensor]:
     spec = ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations, projection=True)
-    options = {"normalisation": "token", "drop_last_step": settings.drop_last_step}
+    options = {"loss_reduction": "token", "drop_last_step": settings.drop_last_step}
     return with_steps(rows, lambda rows: distill_batch(rows, SPEC, spec, **options), settings, EOS)
 
 
@@ -122,7 +122,7 @@ def coconut_model(config: CoconutConfig) -> SimCotModel:
 
 def coconut_rows(examples: list[Example], stage: int, config: CoconutConfig) -> dict[str, Tensor]:
     rows = [{**row, "phase": stage} for row in rows_of(examples)]
-    return with_steps(rows, lambda rows: coconut_batch(rows, SPEC, config, normalisation="token"), config, EOS)
+    return with_steps(rows, lambda rows: coconut_batch(rows, SPEC, config, loss_reduction="token"), config, EOS)
 
 
 def step_loss(model: SimCotModel, batch: dict[str, Tensor], terms: int) -> Tensor:
@@ -267,8 +267,8 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
             f"run_dir={tmp_path / way}",
             *OPTIONS,
             f"{section}.max_steps=2",
-            f"{section}.batch_size={batch}",
-            f"{section}.accumulation={accumulation}",
+            f"{section}.micro_batch_size={batch}",
+            f"{section}.gradient_accumulation_steps={accumulation}",
             f"{section}.gradient_checkpointing={checkpointing}",
         )
         found[way] = train_stage(config, name).directory
@@ -309,7 +309,7 @@ def test_traces_of_a_single_step_end_the_stage(tiny_config, tmp_path):
         "data.test=",
         "sim_cot.codi.train.max_steps=30",
         "sim_cot.codi.train.eval_every=30",
-        "sim_cot.codi.train.batch_size=2",
+        "sim_cot.codi.train.micro_batch_size=2",
     )
     with pytest.raises(TrainingError, match=r"first 20 optimizer steps.*sim_cot\.codi\.drop_last_step=false"):
         train_stage(config, "simcot-codi")

@@ -48,7 +48,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float) -> None:
 def test_two_track_equals_dense(family: str) -> None:
     fast, dense = stage1(family, "auto"), stage1(family, "dense")
     assert fast.encoder_attention == fast.decoder_attention == "two_track"
-    batch = stage1_batch(ROWS, SPEC, normalisation="token")
+    batch = stage1_batch(ROWS, SPEC, loss_reduction="token")
     assert_same(run(fast, batch), run(dense, batch), 1e-5)
     ours, theirs = (m.encode(encoder_batch(ROWS, SPEC)) for m in (fast, dense))
     real = batch["latent_mask"]
@@ -59,7 +59,7 @@ def test_two_track_equals_dense(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_gradient_checkpointing_and_lora_change_nothing(family: str) -> None:
     results = []
-    batch = stage1_batch(ROWS, SPEC, normalisation="token")
+    batch = stage1_batch(ROWS, SPEC, loss_reduction="token")
     for attention, checkpointing in (("two_track", True), ("dense", False)):
         model = stage1(family, attention)
         for name in ("encoder", "decoder"):
@@ -84,7 +84,7 @@ def test_gradient_checkpointing_and_lora_change_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_low_precision_is_within_twice_the_plain_error(family: str) -> None:
-    batch = stage1_batch(ROWS, SPEC, normalisation="token")
+    batch = stage1_batch(ROWS, SPEC, loss_reduction="token")
     exact = run(stage1(family, "dense"), batch)
     plain = run(stage1(family, "dense"), batch, torch.bfloat16)
     fast = run(stage1(family, "two_track"), batch, torch.bfloat16)
@@ -98,7 +98,7 @@ def test_low_precision_is_within_twice_the_plain_error(family: str) -> None:
 
 
 def test_compiles_without_a_graph_break_in_the_layers() -> None:
-    batch = stage1_batch(ROWS, SPEC, normalisation="token")
+    batch = stage1_batch(ROWS, SPEC, loss_reduction="token")
     plain = run(stage1("llama", "two_track"), batch)
     model = stage1("llama", "two_track")
     for lm in (model.encoder, model.decoder):
@@ -128,7 +128,7 @@ def test_no_square_mask_exists_on_the_fast_path(attention: str, expected: bool) 
     rows = [{**row(0, 20, 600), "cot": [6] * 600, "segment_lengths": [4] * 150}]
     model = stage1("llama", attention)
     with Largest() as seen:
-        model(**stage1_batch(rows, SPEC, normalisation="token"))["ce_total"].backward()
+        model(**stage1_batch(rows, SPEC, loss_reduction="token"))["ce_total"].backward()
     assert (seen.square > 128) == expected
 
 
@@ -157,7 +157,7 @@ def test_backends_that_cannot_run_are_refused() -> None:
 def test_windows_are_refused_by_what_they_would_hide() -> None:
     model = stage1("mistral", "two_track")
     model.decoder.config.sliding_window = model.encoder.config.sliding_window = 10
-    short = stage1_batch([row(0, 3, 6)], SPEC, normalisation="token")  # encoder text: 4 + 6 tokens
+    short = stage1_batch([row(0, 3, 6)], SPEC, loss_reduction="token")  # encoder text: 4 + 6 tokens
     model(**short)
     with pytest.raises(ConfigError, match="sliding-window attention of 10 with a stage-1 sequence of 11 tokens"):
-        model(**stage1_batch([row(0, 3, 7)], SPEC, normalisation="token"))
+        model(**stage1_batch([row(0, 3, 7)], SPEC, loss_reduction="token"))

@@ -37,7 +37,7 @@ def staged(stages: list[int]) -> list[dict]:
 def test_loss_and_gradients_equal_the_slow_definition(stages, options):
     config = CoconutConfig(**options)
     model = build(config)
-    batch = coconut_batch(staged(stages), SPEC, config, normalisation="token")
+    batch = coconut_batch(staged(stages), SPEC, config, loss_reduction="token")
     loss = model(**batch)["ce_total"]
     reference = build(config)
     reference.lm.set_attn_implementation("eager")
@@ -52,16 +52,16 @@ def test_loss_and_gradients_equal_the_slow_definition(stages, options):
     assert_same(gradients(model, loss), gradients(reference, expected))
 
 
-@pytest.mark.parametrize("normalisation", ["token", "segment", "sample"])
+@pytest.mark.parametrize("loss_reduction", ["token", "segment", "sample"])
 @pytest.mark.parametrize("max_stage", [0, 2])
-def test_without_latents_it_is_fine_tuning_on_the_cot(max_stage, normalisation):
+def test_without_latents_it_is_fine_tuning_on_the_cot(max_stage, loss_reduction):
     config = CoconutConfig(max_stage=max_stage)
     rows = staged([0] * len(EXAMPLES))
     model = build(config)
-    batch = coconut_batch(rows, SPEC, config, normalisation=normalisation)
+    batch = coconut_batch(rows, SPEC, config, loss_reduction=loss_reduction)
     assert batch["thought_mask"].shape == (len(rows), 0)
     plain = ExplicitModel(copy.deepcopy(model.lm))
-    other = explicit_batch(rows, SPEC, with_cot=True, normalisation=normalisation)
+    other = explicit_batch(rows, SPEC, with_cot=True, loss_reduction=loss_reduction)
     assert batch["counts"][0] == other["counts"][0]
     loss, expected = model(**batch)["ce_total"], plain(**other)["ce_total"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -72,7 +72,7 @@ def test_without_latents_it_is_fine_tuning_on_the_cot(max_stage, normalisation):
 def test_a_batch_is_its_rows_one_by_one():
     config = CoconutConfig(max_stage=2, uniform_prob=0.3, pad_latents=False)
     model, rows = build(config), staged([3, 0, 1, 2])
-    whole = model(**coconut_batch(rows, SPEC, config, normalisation="sample"))["ce_total"]
-    single = sum(model(**coconut_batch([r], SPEC, config, normalisation="sample"))["ce_total"] for r in rows)
+    whole = model(**coconut_batch(rows, SPEC, config, loss_reduction="sample"))["ce_total"]
+    single = sum(model(**coconut_batch([r], SPEC, config, loss_reduction="sample"))["ce_total"] for r in rows)
     assert whole.item() == pytest.approx(single.item(), rel=1e-9)
     assert_same(gradients(model, whole), gradients(model, single), 1e-8)

@@ -126,7 +126,7 @@ def stage1_model(settings: Settings, tied: bool, **changes: Any) -> Stage1Model:
 
 
 def stage1_result(model: Stage1Model, examples: list[Example], settings: Settings) -> Tensor:
-    batch = stage1_batch(rows_of(examples, settings.rate), model.spec, normalisation=settings.normalisation)
+    batch = stage1_batch(rows_of(examples, settings.rate), model.spec, loss_reduction=settings.loss_reduction)
     return settings.ce_weight * model(**batch)["ce_total"] / batch["counts"][0]
 
 
@@ -136,7 +136,7 @@ def stage2_parts(
     """CE sum, KL sum and counts of a batch."""
     rows = rows_of(examples, settings.rate)
     store = {(row["id"], row["hash"]): label for row, label in zip(rows, labels, strict=True)}
-    batch = stage2_batch(rows, model.spec, label_of=lambda *key: store[key], normalisation=settings.normalisation)
+    batch = stage2_batch(rows, model.spec, label_of=lambda *key: store[key], loss_reduction=settings.loss_reduction)
     out = model(**batch)
     return out["ce_total"], out["kl_total"], batch["counts"]
 
@@ -155,16 +155,16 @@ def test_settings_named_defaults_are_the_projects_defaults() -> None:
     latent, train = LatentConfig(), TrainConfig()
     for name in ("rate", "top_k", "temperature", "projection", "marker_positions", "exclude_end"):
         assert getattr(DEFAULTS, name) == getattr(latent, name), name
-    for name in ("normalisation", "ce_weight", "kl_weight"):
+    for name in ("loss_reduction", "ce_weight", "kl_weight"):
         assert getattr(DEFAULTS, name) == getattr(train, name), name
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
 @pytest.mark.parametrize("projection", ["input", "head"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stage1_loss_and_gradients(name: str, tied: bool, projection: str, normalisation: str) -> None:
-    settings = dataclasses.replace(SETTINGS[name], projection=projection, normalisation=normalisation)
+def test_stage1_loss_and_gradients(name: str, tied: bool, projection: str, loss_reduction: str) -> None:
+    settings = dataclasses.replace(SETTINGS[name], projection=projection, loss_reduction=loss_reduction)
     assert_stage1_equals_reference(stage1_model(settings, tied), EXAMPLES, settings)
 
 
@@ -185,13 +185,13 @@ def test_stage1_with_other_settings(change: dict[str, Any]) -> None:
 def test_stage1_with_one_latent_a_step() -> None:
     lengths = [[1, 3, 1], [1], [2, 2], [4, 1, 2]]
     examples = [dataclasses.replace(e, segment_lengths=n) for e, n in zip(EXAMPLES, lengths, strict=True)]
-    settings = dataclasses.replace(DEFAULTS, normalisation="segment")
+    settings = dataclasses.replace(DEFAULTS, loss_reduction="segment")
     assert_stage1_equals_reference(stage1_model(settings, tied=True), examples, settings)
 
 
 def test_latents_equal_the_reference() -> None:
     model = stage1_model(DEFAULTS, tied=False)
-    latent = model.encode(stage1_batch(rows_of(EXAMPLES, 2), model.spec, normalisation="token"))
+    latent = model.encode(stage1_batch(rows_of(EXAMPLES, 2), model.spec, loss_reduction="token"))
     for b, example in enumerate(EXAMPLES):
         for n, (ids, weights) in enumerate(
             reference.encode(model.encoder.model, model.marker, model.decoder, example, DEFAULTS)
@@ -200,11 +200,11 @@ def test_latents_equal_the_reference() -> None:
             assert torch.allclose(latent.weights[b, n], weights, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, 3.0)], ids=["equal", "weighted"])
-def test_stage2_loss_and_gradients(weights: tuple[float, float], tied: bool, normalisation: str) -> None:
-    settings = dataclasses.replace(PUBLISHED, normalisation=normalisation, ce_weight=weights[0], kl_weight=weights[1])
+def test_stage2_loss_and_gradients(weights: tuple[float, float], tied: bool, loss_reduction: str) -> None:
+    settings = dataclasses.replace(PUBLISHED, loss_reduction=loss_reduction, ce_weight=weights[0], kl_weight=weights[1])
     model = Stage2Model(llama(2, tied), make_spec(settings))
     twin = copy.deepcopy(model)
     labels = random_labels(EXAMPLES, settings.rate, settings.top_k)
@@ -289,15 +289,17 @@ def widen(batch: dict[str, Tensor], by: int) -> dict[str, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_stage1_does_not_depend_on_padding_order_or_batch_split(normalisation: str) -> None:
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
+def test_stage1_does_not_depend_on_padding_order_or_batch_split(loss_reduction: str) -> None:
     """Sums of cross-entropy and counts add over any split, so no grouping of examples changes the result."""
     model = stage1_model(DEFAULTS, tied=True)
     rows = rows_of(EXAMPLES, 2)
 
     def result(groups: list[list[int]], extra: int = 0) -> tuple[float, dict[str, Tensor]]:
         model.zero_grad()
-        batches = [stage1_batch([rows[i] for i in group], model.spec, normalisation=normalisation) for group in groups]
+        batches = [
+            stage1_batch([rows[i] for i in group], model.spec, loss_reduction=loss_reduction) for group in groups
+        ]
         count = sum(batch["counts"][0] for batch in batches)
         total = sum(model(**widen(batch, extra))["ce_total"] for batch in batches) / count
         total.backward()
@@ -310,9 +312,9 @@ def test_stage1_does_not_depend_on_padding_order_or_batch_split(normalisation: s
         assert_same(found, expected, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_stage2_does_not_depend_on_padding_order_or_batch_split(normalisation: str) -> None:
-    settings = dataclasses.replace(DEFAULTS, normalisation=normalisation)
+@pytest.mark.parametrize("loss_reduction", NORMALISATIONS)
+def test_stage2_does_not_depend_on_padding_order_or_batch_split(loss_reduction: str) -> None:
+    settings = dataclasses.replace(DEFAULTS, loss_reduction=loss_reduction)
     model = Stage2Model(llama(2, False), make_spec(settings))
     rows, labels = rows_of(EXAMPLES, 2), random_labels(EXAMPLES, 2, 10)
     store = {row["id"]: label for row, label in zip(rows, labels, strict=True)}
@@ -322,7 +324,7 @@ def test_stage2_does_not_depend_on_padding_order_or_batch_split(normalisation: s
         ce = kl = counts = 0
         for group in groups:
             batch = stage2_batch(
-                [rows[i] for i in group], model.spec, label_of=lambda i, _: store[i], normalisation=normalisation
+                [rows[i] for i in group], model.spec, label_of=lambda i, _: store[i], loss_reduction=loss_reduction
             )
             out = model(**widen(batch, extra))
             ce, kl, counts = ce + out["ce_total"], kl + out["kl_total"], counts + batch["counts"]
@@ -345,7 +347,7 @@ def test_latents_train_the_encoder_but_never_the_tables() -> None:
     assert model.get_input_embeddings().weight.grad is None
 
     stage1 = stage1_model(DEFAULTS, tied=False)
-    batch = stage1_batch(rows_of(EXAMPLES, 2), stage1.spec, normalisation="token")
+    batch = stage1_batch(rows_of(EXAMPLES, 2), stage1.spec, loss_reduction="token")
     stage1.encode(batch).weights[..., 0].sum().backward()
     assert gradients(stage1).keys() & {"marker", "encoder.model.norm.weight"} == {"marker", "encoder.model.norm.weight"}
     assert not any(name.startswith("decoder") for name in gradients(stage1))
@@ -388,7 +390,7 @@ def test_a_previous_marker_starts_from_the_next_token_prediction() -> None:
     lm = llama(3, True).eval()
     model = Stage1Model(lm, lm, torch.zeros(HIDDEN, dtype=torch.float64), spec).double().eval()
     example = dataclasses.replace(EXAMPLES[0], cot=EXAMPLES[0].cot[:1])
-    latent = model.encode(stage1_batch(rows_of([example], 2), spec, normalisation="token"))
+    latent = model.encode(stage1_batch(rows_of([example], 2), spec, loss_reduction="token"))
     # the reference: prompt and token, and the token once more at the same position
     ids = torch.tensor([[*example.prompt, *example.cot, example.cot[0]]])
     position = torch.tensor([[*range(len(example.prompt) + 1), len(example.prompt)]])

@@ -62,8 +62,8 @@ def assert_same(a, b):
 def test_stage_one_of_a_padded_batch_equals_single_rows(family):
     model = stage1(family)
     check_head(model.decoder)
-    whole = losses_and_gradients(model, [stage1_batch(ROWS, SPEC, normalisation="token")])
-    single = losses_and_gradients(model, [stage1_batch([r], SPEC, normalisation="token") for r in ROWS])
+    whole = losses_and_gradients(model, [stage1_batch(ROWS, SPEC, loss_reduction="token")])
+    single = losses_and_gradients(model, [stage1_batch([r], SPEC, loss_reduction="token") for r in ROWS])
     assert_same(whole, single)
     assert whole[1]["marker"].abs().sum() > 0
 
@@ -76,7 +76,7 @@ def test_stage_two_of_a_padded_batch_equals_single_rows(family):
         )
         for r in ROWS
     }
-    options = {"label_of": lambda row_id, _: labels[row_id], "normalisation": "token"}
+    options = {"label_of": lambda row_id, _: labels[row_id], "loss_reduction": "token"}
     model = Stage2Model(build(family), SPEC)
     whole = losses_and_gradients(model, [stage2_batch(ROWS, SPEC, **options)])
     assert_same(whole, losses_and_gradients(model, [stage2_batch([r], SPEC, **options) for r in ROWS]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latent_sft.method.losses import weighted_cross_entropy, weighted_sparse_kl
 from latent_sft.method.superposition import superpose
 from latent_sft.method.types import Superposition
-from latent_sft.models.backbone import core, embed, hidden_states
+from latent_sft.models.backbone import embed, hidden_states, unwrap_peft
 from latent_sft.models.head import ce_total, kl_total
 from latent_sft.models.logits import head
 
@@ -199,10 +199,10 @@ def test_a_partitioned_head_is_gathered_once_whatever_the_number_of_rows(rows: i
 
 def test_a_partitioned_head_with_adapters_is_called_once() -> None:
     model = lora_on_the_head()
-    for parameter in core(model).get_output_embeddings().parameters():
+    for parameter in unwrap_peft(model).get_output_embeddings().parameters():
         parameter.ds_id = 0
     calls: list[int] = []
-    core(model).get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    unwrap_peft(model).get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     expected = expected_total(model).item()
     calls.clear()
     assert found_total(model).item() == pytest.approx(expected, rel=1e-5)

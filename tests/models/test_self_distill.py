@@ -59,13 +59,13 @@ def build(rules: Rules, *, projection: bool = True, lm: nn.Module | None = None,
     return SelfDistillModel(lm, thoughts, SPEC, settings_of(rules, **weights))
 
 
-def batch_of(model: SelfDistillModel, examples: list[Example] | None = None, normalisation: str = "token") -> dict:
+def batch_of(model: SelfDistillModel, examples: list[Example] | None = None, loss_reduction: str = "token") -> dict:
     rows = rows_of(EXAMPLES if examples is None else examples)
     return distill_batch(
         rows,
         SPEC,
         model.thoughts.spec,
-        normalisation=normalisation,
+        loss_reduction=loss_reduction,
         drop_last_step=model.settings.drop_last_step,
         kv=model.settings.kv,
     )
@@ -117,8 +117,8 @@ def test_every_term_and_gradient_equals_the_slow_definition(variant):
 def test_a_batch_is_its_rows_one_by_one():
     for options in ({}, {"iterations": 3}, {"selector": "random", "num_latents": 2}, {"selector": "uniform"}):
         model = build(Rules(layer_std=True, **options))
-        whole = totals(model(**batch_of(model, normalisation="sample")))
-        rows = [model(**batch_of(model, [e], normalisation="sample")) for e in EXAMPLES]
+        whole = totals(model(**batch_of(model, loss_reduction="sample")))
+        rows = [model(**batch_of(model, [e], loss_reduction="sample")) for e in EXAMPLES]
         # the random selector goes by a row's id, which is its number here
         if options.get("selector") == "random":
             every = batch_of(model)
@@ -155,7 +155,7 @@ def test_no_iteration_reads_the_placeholders_as_pause_tokens():
         model.lm.get_input_embeddings().weight[28] = model.thoughts.placeholder
     rows = [{**row, "prompt": [*row["prompt"], 28, 28, 28]} for row in rows_of(EXAMPLES)]
     plain = ExplicitModel(copy.deepcopy(model.lm))
-    batch = explicit_batch(rows, SPEC, with_cot=False, normalisation="token")
+    batch = explicit_batch(rows, SPEC, with_cot=False, loss_reduction="token")
     hidden = [i for i, t in enumerate(batch["targets"].tolist()) if t not in END]
     batch |= {k: batch[k][hidden] for k in ("target_index", "targets", "target_weights")}
     assert model(**batch_of(model))["ce_total"].item() == pytest.approx(plain(**batch)["ce_total"].item(), rel=1e-6)
@@ -172,7 +172,7 @@ def test_without_distances_it_is_the_sum_of_two_cross_entropies():
         for row, e in zip(rows_of(EXAMPLES), EXAMPLES, strict=True)
     ]
     plain = ExplicitModel(copy.deepcopy(model.lm))
-    expected = plain(**explicit_batch(rows, SPEC, with_cot=True, normalisation="token"))["ce_total"]
+    expected = plain(**explicit_batch(rows, SPEC, with_cot=True, loss_reduction="token"))["ce_total"]
     assert out["teacher_ce_total"].item() == pytest.approx(expected.item(), rel=1e-6)
     alone = build(Rules(), teacher_weight=0.0, hidden_weight=0.0, kv=0.0)
     assert set(totals(alone(**batch_of(alone)))) == {"ce"}

@@ -45,7 +45,7 @@ SETTINGS = [
     *(
         f"{section}.{setting}"
         for section in ("cot", "stage1.union", "stage2")
-        for setting in ("max_steps=60", "eval_every=60", "save_every=7", "eval_examples=2", "batch_size=4")
+        for setting in ("max_steps=60", "eval_every=60", "save_every=7", "eval_examples=2", "micro_batch_size=4")
     ),
     "stage1.union.eval_every=20",  # here the best checkpoint, an earlier one, has to be kept
 ]

@@ -44,8 +44,8 @@ SIZES = [
             "log_every=1",
             "eval_every=1",
             "eval_examples=2",
-            "batch_size=2",
-            "accumulation=1",
+            "micro_batch_size=2",
+            "gradient_accumulation_steps=1",
             "global_batch_size=4",
         )
     ),

@@ -86,7 +86,16 @@ def prepared(tmp_path_factory) -> Path:
     [
         ("cot", ["cot.max_steps=6", "cot.eval_every=6", "cot.save_every=2"]),
         # 120 rows of 8: 15 steps an epoch, evaluation at its end
-        ("cot", ["cot.max_steps=0", "cot.epochs=1.2", "cot.eval_every=0", "cot.accumulation=2", "cot.batch_size=6"]),
+        (
+            "cot",
+            [
+                "cot.max_steps=0",
+                "cot.epochs=1.2",
+                "cot.eval_every=0",
+                "cot.gradient_accumulation_steps=2",
+                "cot.micro_batch_size=6",
+            ],
+        ),
         ("stage1-union", ["stage1.union.max_steps=6", "stage1.union.eval_every=6"]),
         ("stage2", ["stage2.eval_every=4"]),
     ],
@@ -255,31 +264,33 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_config, whole, monkeyp
 def checkpoint_of(folder: Path, processes: int, accumulation: int) -> str:
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
-    mark_complete(folder, processes=processes, accumulation=accumulation)
+    mark_complete(folder, processes=processes, gradient_accumulation_steps=accumulation)
     return str(folder)
 
 
 def test_another_number_of_processes_shares_the_same_step(tmp_path):
     found = checkpoint_of(tmp_path / "checkpoint-4", processes=4, accumulation=2)
-    train = TrainConfig(accumulation=2)
-    assert same_step(train, "cot", None, 16).accumulation == 2
-    assert [same_step(train, "cot", found, n).accumulation for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    train = TrainConfig(gradient_accumulation_steps=2)
+    assert same_step(train, "cot", None, 16).gradient_accumulation_steps == 2
+    assert [same_step(train, "cot", found, n).gradient_accumulation_steps for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
     with pytest.raises(ConfigError, match=r"launch.nproc: got 3 processes, expected a divisor of 8: .*checkpoint-4"):
         same_step(train, "cot", found, 3)
     (Path(found) / "global_step4").mkdir()
     with pytest.raises(ConfigError, match=r"launch.nproc: got 8 processes, expected 4: .* is a ZeRO checkpoint"):
         same_step(train, "cot", found, 8)
-    assert same_step(train, "cot", found, 4).accumulation == 2
+    assert same_step(train, "cot", found, 4).gradient_accumulation_steps == 2
 
 
 def test_a_global_batch_is_the_step_of_any_number_of_processes(tmp_path):
-    train = TrainConfig(batch_size=4, global_batch_size=64)
+    train = TrainConfig(micro_batch_size=4, global_batch_size=64)
     found = checkpoint_of(tmp_path / "checkpoint-4", processes=2, accumulation=8)
     for checkpoint in (None, found):
-        assert [same_step(train, "cot", checkpoint, n).accumulation for n in (1, 2, 8)] == [16, 8, 2]
+        assert [same_step(train, "cot", checkpoint, n).gradient_accumulation_steps for n in (1, 2, 8)] == [16, 8, 2]
         # micro-batches of another size are shared out anew
-        assert same_step(replace(train, batch_size=8), "cot", checkpoint, 2).accumulation == 4
-    with pytest.raises(ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(batch_size=4"):
+        assert same_step(replace(train, micro_batch_size=8), "cot", checkpoint, 2).gradient_accumulation_steps == 4
+    with pytest.raises(
+        ConfigError, match=r"cot.global_batch_size: got 64, expected a multiple of 12 \(micro_batch_size=4"
+    ):
         same_step(train, "cot", None, 3)
     (tmp_path / "checkpoint-4" / "global_step4").mkdir()
     with pytest.raises(ConfigError, match="is a ZeRO checkpoint"):

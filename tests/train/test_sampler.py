@@ -160,7 +160,9 @@ def test_examples_are_counted():
 def test_mistakes_name_the_key():
     with pytest.raises(ConfigError, match=r"stage2\.max_tokens: got 10, expected at least 11: as long is .*example 1 "):
         TokenBatchSampler(one_part([3, 11, 4]), 10, 1, 0, "stage2")
-    with pytest.raises(ConfigError, match=r"cot\.accumulation: a step takes 4 micro-batches.*only 3 training examples"):
+    with pytest.raises(
+        ConfigError, match=r"cot\.gradient_accumulation_steps: a step takes 4 micro-batches.*only 3 training examples"
+    ):
         TokenBatchSampler(one_part([3, 11, 4]), 20, 4, 0, "cot")
 
 
@@ -176,7 +178,7 @@ def test_lengths_are_those_of_the_batches(tiny_config, segmentation):
     def stored(id: str, hash: str) -> Superposition:
         return Superposition(torch.zeros(int(id), spec.top_k, dtype=torch.long), torch.ones(int(id), spec.top_k))
 
-    options = {"spec": spec, "normalisation": "token"}
+    options = {"spec": spec, "loss_reduction": "token"}
     makers = {
         explicit_lengths(data, spec, with_cot=True): partial(explicit_batch, with_cot=True, **options),
         explicit_lengths(data, spec, with_cot=False): partial(explicit_batch, with_cot=False, **options),

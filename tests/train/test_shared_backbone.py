@@ -38,7 +38,7 @@ def test_losses_and_gradients_are_those_of_two_models(tiny_config, tie, checkpoi
     """With recomputed activations, too: the backward pass of the encoder comes long after the decoder ran."""
     work = Workspace(tiny_config(*SHARED, f"model.tiny.tie_embeddings={tie}"))
     rows = work.data["train"].select(range(6)).to_list()
-    batch = stage1_batch(rows, work.spec, normalisation="token")
+    batch = stage1_batch(rows, work.spec, loss_reduction="token")
     gradients = []
     for model in both(work):
         if checkpointing:
@@ -91,7 +91,7 @@ def test_phases_go_on_from_adapters_and_save_plain_models(tiny_config):
         load_stage1(finals["stage1-union"], config.model, config.model, work.spec).eval(),
         shared_start(work.setup("stage2")).eval(),
     )
-    batch = stage1_batch(work.data["train"].select(range(4)).to_list(), work.spec, normalisation="token")
+    batch = stage1_batch(work.data["train"].select(range(4)).to_list(), work.spec, loss_reduction="token")
     torch.testing.assert_close(plain(**batch)["ce_total"], live(**batch)["ce_total"], rtol=1e-5, atol=0)
     counts = json.loads((finals["stage1-union"].parent / "manifest.json").read_text())
     assert counts["parameters"] < 1.4 * sum(value.numel() for value in base.values())

@@ -34,8 +34,8 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
         config = tiny_config(
             f"run_dir={tmp_path / way}",
             *(f"{name}.train.{setting}" for setting in SETTINGS),
-            f"{name}.train.batch_size={batch}",
-            f"{name}.train.accumulation={accumulation}",
+            f"{name}.train.micro_batch_size={batch}",
+            f"{name}.train.gradient_accumulation_steps={accumulation}",
             f"{name}.train.gradient_checkpointing={checkpointing}",
             *options,
         )

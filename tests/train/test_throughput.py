@@ -15,7 +15,7 @@ from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.methods import STAGES
 from latent_sft.methods.cot import ExplicitModel, explicit_batch, explicit_lengths
-from latent_sft.methods.latent_sft import FROZEN_ENCODER, gold_latents, phase_start, stage1_batch, stage2_batch
+from latent_sft.methods.latent_sft import FROZEN_ENCODER, oracle_latents, phase_start, stage1_batch, stage2_batch
 from latent_sft.models.load import load_lm
 from latent_sft.stores import make_labels, store_latents
 from latent_sft.train.flops import peak_of, step_flops
@@ -37,14 +37,14 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 def test_token_batches_give_the_loss_of_the_whole_step(tiny_config):
     """The first step is four micro-batches; its loss is that of their union in one batch, and is divided once."""
-    config = tiny_config("cot.max_tokens=150", "cot.accumulation=4", "cot.max_steps=2")
+    config = tiny_config("cot.max_tokens=150", "cot.gradient_accumulation_steps=4", "cot.max_steps=2")
     step = train_stage(config, "cot")
     work = Workspace(config)
     sampler = TokenBatchSampler(explicit_lengths(work.data["train"], work.spec, with_cot=True), 150, 4, 0, "cot")
     batches = list(sampler)
     model = ExplicitModel(load_lm(work.base, config.model))
     union = [work.data["train"][i] for batch in batches[:4] for i in batch]
-    batch = explicit_batch(union, work.spec, with_cot=True, normalisation="token")
+    batch = explicit_batch(union, work.spec, with_cot=True, loss_reduction="token")
     expected = (model(**batch)["ce_total"] / batch["counts"][0]).item()
     assert logged(step.directory, "train/loss")[0] == pytest.approx(expected, rel=1e-5)
     assert step.results()["examples_seen"] == sum(map(len, batches[:8]))
@@ -60,7 +60,7 @@ def test_epochs_of_token_batches_are_whole(tiny_config):
 
 
 def test_a_run_of_token_batches_resumes_in_the_middle_of_an_epoch(tiny_config, tmp_path):
-    settings = ("cot.max_tokens=1200", "cot.max_steps=8", "cot.accumulation=2")
+    settings = ("cot.max_tokens=1200", "cot.max_steps=8", "cot.gradient_accumulation_steps=2")
     whole = train_stage(tiny_config(f"run_dir={tmp_path / 'whole'}", *settings), "cot")
     epochs = sorted(set(logged(whole.directory, "train/epoch")))
     assert epochs[3] == pytest.approx(4 / 3), "the checkpoint of step 4 lies within the second epoch"
@@ -101,12 +101,12 @@ def test_an_example_beyond_the_budget_is_one_clear_error(tiny_config):
 def test_settings_that_do_not_apply_do_not_make_another_experiment(tiny_config):
     work = Workspace(tiny_config())
     steps = {}
-    for settings in ((), ("cot.max_tokens=500", "cot.batch_size=3"), ("stage1.attention=dense",)):
+    for settings in ((), ("cot.max_tokens=500", "cot.micro_batch_size=3"), ("stage1.attention=dense",)):
         work.config = tiny_config(*settings)
         steps[settings[:1]] = work.step("cot").inputs["train"], work.step("stage1-union").fingerprint
     (plain, auto), (tokens, _), (_, dense) = steps.values()
-    assert plain["batch_size"] == 8 and "max_tokens" not in plain
-    assert tokens["max_tokens"] == 500 and "batch_size" not in tokens
+    assert plain["micro_batch_size"] == 8 and "max_tokens" not in plain
+    assert tokens["max_tokens"] == 500 and "micro_batch_size" not in tokens
     assert dense == auto
 
 
@@ -120,7 +120,7 @@ def test_stored_latents_are_those_of_the_frozen_encoder(tiny_config, encoder_pha
     store_latents(work, "stage1-decoder")
     read = STAGES["stage1-decoder"].batch(work.setup("stage1-decoder"))
     rows = work.data["train"].select([0, 30, 60, 119]).to_list()
-    stored, fresh = read(rows), stage1_batch(rows, work.spec, normalisation="token")
+    stored, fresh = read(rows), stage1_batch(rows, work.spec, loss_reduction="token")
     assert not any(key.startswith("encoder_") for key in stored)
     assert torch.equal(stored["latent_mask"], fresh["latent_mask"])
     results = []
@@ -173,11 +173,11 @@ def test_workers_never_build_masks(tiny_config):
     def label_of(*_):
         return next(stored)
 
-    stored = iter(list(gold_latents(phase_start(work.setup("stage1-union")), rows, 8)))
+    stored = iter(list(oracle_latents(phase_start(work.setup("stage1-union")), rows, 8)))
     batches = [
-        explicit_batch(rows, work.spec, with_cot=True, normalisation="token"),
-        stage1_batch(rows, work.spec, normalisation="token"),
-        stage2_batch(rows, work.spec, label_of=label_of, normalisation="token"),
+        explicit_batch(rows, work.spec, with_cot=True, loss_reduction="token"),
+        stage1_batch(rows, work.spec, loss_reduction="token"),
+        stage2_batch(rows, work.spec, label_of=label_of, loss_reduction="token"),
     ]
     for batch in batches:
         lengths = {batch[k].shape[1] for k in ("kind", "encoder_kind") if k in batch}
@@ -193,7 +193,7 @@ def test_flops_by_hand(tiny_config):
     rows = work.data["train"].select([0, 1]).to_list()
     weights = 2 * (3 * 16 * 32 + 4 * 16 * 16) + 5 * 16
     table = work.spec.vocab_size * 16
-    batch = explicit_batch(rows, work.spec, with_cot=True, normalisation="token")
+    batch = explicit_batch(rows, work.spec, with_cot=True, loss_reduction="token")
     model = ExplicitModel(load_lm(work.base, config.model))
     lengths = [len(r["prompt"]) + len(r["cot"]) + len(work.spec.end_think_ids) + len(r["answer"]) for r in rows]
     pairs = sum(n * (n + 1) // 2 for n in lengths)
@@ -203,7 +203,7 @@ def test_flops_by_hand(tiny_config):
 
     # stage 1: the encoder's markers see half of its text on average, and are projected over the vocabulary; the last
     # token of every chunk and of the answer, and the encoder's </think>, are seen by nobody
-    batch = stage1_batch(rows, work.spec, normalisation="token")
+    batch = stage1_batch(rows, work.spec, loss_reduction="token")
     end = len(work.spec.end_think_ids)
     decoder = encoder = 0
     for r in rows:

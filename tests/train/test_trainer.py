@@ -33,15 +33,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("normalisation", ["token", "sample"])
-def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path, normalisation):
+@pytest.mark.parametrize("loss_reduction", ["token", "sample"])
+def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path, loss_reduction):
     runs = {}
     for name, batch, accumulation in (("whole", 8, 1), ("cut", 2, 4)):
         config = tiny_config(
             f"run_dir={tmp_path / name}",
-            f"cot.batch_size={batch}",
-            f"cot.accumulation={accumulation}",
-            f"cot.normalisation={normalisation}",
+            f"cot.micro_batch_size={batch}",
+            f"cot.gradient_accumulation_steps={accumulation}",
+            f"cot.loss_reduction={loss_reduction}",
         )
         # the same order of examples: the sampler buckets by the global batch
         config_step = train_stage(config, "cot")
@@ -54,7 +54,10 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_config, tmp_path,
 def test_a_global_batch_decides_the_accumulation(tiny_config, tmp_path, caplog):
     """The step of eight examples and its losses stay, and the job says what a step takes."""
     found = []
-    for name, settings in (("whole", ["cot.batch_size=8"]), ("cut", ["cot.batch_size=2", "cot.global_batch_size=8"])):
+    for name, settings in (
+        ("whole", ["cot.micro_batch_size=8"]),
+        ("cut", ["cot.micro_batch_size=2", "cot.global_batch_size=8"]),
+    ):
         with caplog.at_level("INFO", logger="latent_sft"):
             step = train_stage(tiny_config(f"run_dir={tmp_path / name}", *settings), "cot")
         found.append(logged(step.directory, "train/loss"))
@@ -65,8 +68,14 @@ def test_a_global_batch_decides_the_accumulation(tiny_config, tmp_path, caplog):
 
 def test_a_stage_is_the_same_however_its_batch_is_cut_and_its_adapters_are_said(tiny_config):
     """Equal fingerprints; and another where the step has another size, the adapters another scale."""
-    plain = ["cot.batch_size=2", "cot.global_batch_size=8", "model.lora.rank=4"]
-    ways = [[], ["cot.batch_size=4"], ["model.lora.alpha=8"], ["cot.global_batch_size=16"], ["model.lora.alpha=4"]]
+    plain = ["cot.micro_batch_size=2", "cot.global_batch_size=8", "model.lora.rank=4"]
+    ways = [
+        [],
+        ["cot.micro_batch_size=4"],
+        ["model.lora.alpha=8"],
+        ["cot.global_batch_size=16"],
+        ["model.lora.alpha=4"],
+    ]
     first, *others = (Workspace(tiny_config(*plain, *way)).step("cot").fingerprint for way in ways)
     assert [other == first for other in others] == [True, True, False, False]
 
@@ -186,7 +195,9 @@ def test_a_stage_without_its_source_says_what_to_run(tiny_config):
 def test_a_non_finite_gradient_stops_at_its_step_and_saves_the_ids(tiny_config):
     """The second step's weights are what a learning rate of 1e30 made of them."""
     ruin = ["cot.learning_rate=1e30", "cot.warmup_ratio=0", "cot.max_grad_norm=1e30"]
-    config = tiny_config(*ruin, "cot.batch_size=4", "cot.accumulation=2", "cot.log_every=100", "cot.save_every=1")
+    config = tiny_config(
+        *ruin, "cot.micro_batch_size=4", "cot.gradient_accumulation_steps=2", "cot.log_every=100", "cot.save_every=1"
+    )
     with pytest.raises(TrainingError, match=r"step \d: the loss is .*non_finite.json.*learning rate"):
         train_stage(config, "cot")
     folder = Path(config.directory) / "cot"
@@ -216,11 +227,13 @@ def test_finite_steps_pass_and_any_other_value_stops(tmp_path):
 
 
 def test_too_few_rows_for_a_step_are_refused(tiny_config):
-    with pytest.raises(TrainingError, match=r"no_cot: 6 training rows, but one .* 8 \(no_cot.batch_size=8 x"):
+    with pytest.raises(TrainingError, match=r"no_cot: 6 training rows, but one .* 8 \(no_cot.micro_batch_size=8 x"):
         train_stage(tiny_config("data.synthetic.num_train=6"), "no-cot")
-    train = tiny_config("cot.accumulation=2").cot
+    train = tiny_config("cot.gradient_accumulation_steps=2").cot
     check_rows(48, train, "cot", 3)
-    with pytest.raises(TrainingError, match=r"47 training rows, but .* takes 48 .*accumulation=2 x 3 processes"):
+    with pytest.raises(
+        TrainingError, match=r"47 training rows, but .* takes 48 .*gradient_accumulation_steps=2 x 3 processes"
+    ):
         check_rows(47, train, "cot", 3)
 
 
@@ -247,7 +260,7 @@ def test_every_logged_tag_is_documented(tiny_config):
     documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     missing = sorted(tag for tag in tags if f"`{tag}`" not in documented)
     assert not missing, f"docs/metrics.md does not define {missing}"
-    assert {"train/loss_ce", "train/loss_kl", "eval/accuracy", "train/latent_entropy", "train/end_share"} <= tags
+    assert {"train/loss_ce", "train/loss_kl", "eval/accuracy", "train/latent_entropy", "train/end_token_rate"} <= tags
     assert {"train/loss_teacher_ce", "train/loss_hidden", "train/loss_kv", "train/kv_short", "train/kv_cosine"} <= tags
 
 
@@ -273,7 +286,7 @@ def test_disk_full_while_saving_the_final_model_loses_nothing(tiny_config, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(load, "core", lambda lm: type("Full", (), {"save_pretrained": full})())
+        patch.setattr(load, "unwrap_peft", lambda lm: type("Full", (), {"save_pretrained": full})())
         with pytest.raises(ArtefactError, match="No space left on device"):
             train_stage(config, "no-cot", work)
     folder = Path(config.directory) / "no-cot"
@@ -309,7 +322,7 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
         Path(config.directory) / "stage1-union" / "final", config.model, config.model, Workspace(config).spec
     ).eval()
     model.noise_scale = 2.0
-    batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, normalisation="token")
+    batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, loss_reduction="token")
     assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
 
 

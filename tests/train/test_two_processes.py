@@ -12,7 +12,7 @@ from latent_sft.config.load import to_yaml
 from latent_sft.launcher import build_command
 from latent_sft.train.run import train_stage
 
-EXACT = ("accuracy", "reasoning_steps", "end_share")
+EXACT = ("accuracy", "reasoning_steps", "end_token_rate")
 
 
 def test_two_processes_equal_one(tiny_config, tmp_path):
@@ -23,7 +23,7 @@ def test_two_processes_equal_one(tiny_config, tmp_path):
         cut = [
             f"{section}.eval_examples=7",
             f"{section}.max_tokens=400",
-            f"{section}.accumulation={accumulation}",
+            f"{section}.gradient_accumulation_steps={accumulation}",
             "stage1.encoder.enabled=false",
         ]
         config = tiny_config(f"run_dir={tmp_path / name}", f"launch.nproc={nproc}", *cut)

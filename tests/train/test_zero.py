@@ -75,7 +75,7 @@ def test_two_processes_with_zero_equal_one(trained, run, reference, stage):
     # each process decodes some of the rows; all get what one process gets from all of them
     assert logged(ours, "eval/accuracy") == logged(expected, "eval/accuracy")
     assert logged(ours, "eval/reasoning_steps") == logged(expected, "eval/reasoning_steps")
-    for tag in ("eval/latent_entropy", "eval/end_share"):
+    for tag in ("eval/latent_entropy", "eval/end_token_rate"):
         assert logged(ours, tag) == pytest.approx(logged(expected, tag), rel=1e-4), tag
     a, b = weights(ours), weights(expected)
     assert a.keys() == b.keys()
@@ -145,7 +145,7 @@ def test_the_configuration_decides(tiny_config):
     config = tiny_config(
         "launch.zero=2",
         "launch.offload=optimizer",
-        "cot.accumulation=4",
+        "cot.gradient_accumulation_steps=4",
         "cot.max_grad_norm=0.5",
         "cot.mixed_precision=bf16",
     )
@@ -167,7 +167,7 @@ def test_the_configuration_decides(tiny_config):
         ({"optimizer": {"type": "Adam"}}, "'optimizer'.*learning_rate"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*schedule"),
         ({"bf16": {"enabled": True}}, "'bf16'.*mixed_precision"),
-        ({"train_batch_size": 64}, "'train_batch_size'.*batch_size"),
+        ({"train_batch_size": 64}, "'train_batch_size'.*micro_batch_size"),
         ({"gradient_clipping": 1.0}, "'gradient_clipping'.*max_grad_norm"),
         ({"zero_optimization": {"stage": 3}}, r"'zero_optimization\.stage'.*launch\.zero"),
         (

@@ -60,7 +60,9 @@ def config_of(folder: Path, name: str, zero: int, *more: str, shared: bool = Fal
     overrides = [*TINY, *SHORT, *RATES, "data.synthetic.num_train=60", f"run_dir={folder / name}"]
     overrides += [*(SHARED if shared else []), *more]
     if zero:
-        overrides += [f"{s}.{v}" for s in SECTIONS.values() for v in ("batch_size=2", "accumulation=2")]
+        overrides += [
+            f"{s}.{v}" for s in SECTIONS.values() for v in ("micro_batch_size=2", "gradient_accumulation_steps=2")
+        ]
         overrides += ["launch.nproc=2", f"launch.zero={zero}", f"launch.deepspeed={folder / 'extra.json'}"]
     return load_config(None, overrides)
 

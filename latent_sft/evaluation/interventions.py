@@ -24,7 +24,7 @@ from latent_sft.evaluation.answers import Grader, is_correct
 from latent_sft.evaluation.intervals import accuracy_error, derangement, paired_difference
 from latent_sft.inference.generate import Decoded, generate
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import core, embed, mix_latents
+from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def intervene(
     where only one has an answer.
 
     Args:
-        model: causal LM (for the gold path of stage 1 its decoder).
+        model: causal LM (for the oracle latents of stage 1 its decoder).
         spec: of the model.
         rows: the problems (`prompt`, `reference`).
         decoded: what each gave, one sample a problem.
@@ -104,7 +104,7 @@ def intervene(
 @torch.inference_mode()
 def thought(model: nn.Module, sample: Decoded) -> Tensor:
     """Return the input embeddings `[n, D]` of what was fed between prompt and `</think>`, float32 on the CPU."""
-    device = core(model).device
+    device = unwrap_peft(model).device
     if sample.latent_embeds is not None:
         return sample.latent_embeds
     if sample.latent_ids is not None and sample.latent_weights is not None:

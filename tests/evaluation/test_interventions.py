@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from latent_sft.evaluation.causal import check_given, intervene, thought
+from latent_sft.evaluation.interventions import check_given, intervene, thought
 from latent_sft.inference.generate import Decoded, generate
 from latent_sft.method.types import LatentSpec, Soft, ThoughtSpec
 from latent_sft.models.thoughts import Thoughts
