@@ -23,11 +23,11 @@ TokenRow = Mapping[str, Any]
 LabelOf = Callable[[str, str], Superposition]  # (row id, row hash) -> stored latents of that row
 
 
-def stacked(labels: Sequence[Superposition], top_k: int) -> tuple[Tensor, Tensor]:
+def stacked(labels: Sequence[Superposition]) -> tuple[Tensor, Tensor]:
     """Return ids and weights `[B, N, K]` of rows of superpositions, padded to the longest row."""
-    width = max(len(label.ids) for label in labels)
-    ids = torch.zeros(len(labels), width, top_k, dtype=torch.long)
-    weights = torch.zeros(len(labels), width, top_k)
+    width, kept = max(len(label.ids) for label in labels), labels[0].ids.shape[-1]
+    ids = torch.zeros(len(labels), width, kept, dtype=torch.long)
+    weights = torch.zeros(len(labels), width, kept)
     for b, label in enumerate(labels):
         ids[b, : len(label.ids)], weights[b, : len(label.ids)] = label
     return ids, weights

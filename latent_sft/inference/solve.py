@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from latent_sft.data.collate import TokenRow
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.method.types import LatentSpec, Soft, Superposition
+from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -20,16 +20,18 @@ class Thinker(NamedTuple):
         kind: a name of `inference.engine.THINKERS`.
         lm: causal LM.
         thoughts: for `continuous`.
-        soft: for `soft`.
+        mixture: for `soft` and `spans`.
         oracle: (rows, batch size) -> latents of every row, `[N, K]` each, made from its reference CoT; fed in place of
             its own.
+        spans_of: for `spans`: row -> the spans of its reference CoT that its latents should stand for.
     """
 
     kind: str
     lm: nn.Module
     thoughts: Thoughts | None = None
-    soft: Soft | None = None
+    mixture: Soft | SpanCode | None = None
     oracle: Callable[[Sequence[TokenRow], int], Iterable[Superposition]] | None = None
+    spans_of: Callable[[TokenRow], list[list[int]]] | None = None
 
 
 def solve(
@@ -70,7 +72,7 @@ def solve(
         batch_size=batch_size,
         progress=progress,
         thoughts=thinker.thoughts,
-        soft=thinker.soft,
+        mixture=thinker.mixture,
         together=together,
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 
 # Size of one chunk of float32 logits. With fewer than about 100 rows a chunk the products run at half their speed or
@@ -71,7 +72,7 @@ def weighted_sparse_kl(logits: Tensor, teacher: Superposition, weights: Tensor) 
 
     Args:
         logits: `[M, V]` student logits read one position before each latent.
-        teacher: ids and weights `[M, K]`.
+        teacher: ids and weights `[M, K]`; repeated ids add.
         weights: `[M]`.
 
     Returns:
@@ -80,8 +81,7 @@ def weighted_sparse_kl(logits: Tensor, teacher: Superposition, weights: Tensor) 
     precise = logits.to(_precise(logits.dtype))
     student = precise.gather(-1, teacher.ids) - torch.logsumexp(precise, dim=-1, keepdim=True)
     alpha = teacher.weights.to(precise.dtype)
-    # entr(a) = -a log a with 0 log 0 = 0
-    divergence = -(torch.special.entr(alpha) + alpha * student).sum(-1)
+    divergence = -entropy(Superposition(teacher.ids, alpha)) - (alpha * student).sum(-1)
     return (divergence * weights.to(divergence.dtype)).sum()
 
 

@@ -25,10 +25,9 @@ from latent_sft.data.collate import Batch, LabelOf, TokenRow
 from latent_sft.data.lengths import Lengths, Number
 from latent_sft.inference.solve import Thinker
 from latent_sft.memory import Backbone, Weights, one_model
-from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
-from latent_sft.models.load import load_lm, merged, save_lm, save_thinker
+from latent_sft.method.types import LatentSpec, SpanCode, Superposition, ThoughtSpec
+from latent_sft.models.load import load_lm, merged, read_thinker, save_lm, save_thinker
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
-from latent_sft.runs import read_json
 
 Collate = Callable[[list[dict[str, Any]]], Batch]
 
@@ -122,10 +121,10 @@ def cross_entropy_alone(setup: Setup) -> dict[str, float]:
     return {"ce": setup.train.ce_weight}
 
 
-def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str) -> None:
+def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str, settings: SpanCode | None = None) -> None:
     """Write a language model with its tokenizer, and how it thinks."""
     save_lm(merged(model.lm), folder, setup.tokenizer)
-    save_thinker(folder, setup.spec, thinker)
+    save_thinker(folder, setup.spec, thinker, settings)
 
 
 def single_model(backbone: Backbone, setup: Setup) -> Weights:
@@ -178,13 +177,10 @@ def load_saved(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any
     """Load the model of a `final` or exported folder; it thinks as `thinker.json` says, else in latent tokens."""
     lm = load_lm(folder, model)
     lm.to(device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses its types
-    how: dict[str, Any] = (
-        read_json(folder / "thinker.json") if (folder / "thinker.json").exists() else {"thinker": "latent"}
-    )
-    if "thoughts" not in how:
-        return Thinker(how["thinker"], lm)
-    shape = ThoughtSpec(**how["thoughts"])
-    return Thinker(how["thinker"], lm, load_thoughts(folder / THOUGHTS_FILE, shape, device))
+    kind, how = read_thinker(folder)
+    if isinstance(how, ThoughtSpec):
+        return Thinker(kind, lm, load_thoughts(folder / THOUGHTS_FILE, how, device))
+    return Thinker(kind, lm, mixture=how)
 
 
 @dataclass(frozen=True, kw_only=True)

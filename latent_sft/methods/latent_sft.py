@@ -101,7 +101,7 @@ def stage1_batch(
     if label_of is None:
         return {**batch, **_encoder_part(rows, segments, spec)}
     labels = [label_of(r["id"], r["hash"]) for r in rows]
-    latent_ids, latent_weights = stacked(labels, spec.top_k)
+    latent_ids, latent_weights = stacked(labels)
     mask = torch.tensor([[i < len(s) for i in range(latent_ids.shape[1])] for s in segments])
     return {**batch, "latent_ids": latent_ids, "latent_weights": latent_weights, "latent_mask": mask}
 
@@ -133,7 +133,7 @@ def stage2_batch(
     ]
     filled, place = padded(laid, spec.pad_id)
     batch = {**filled, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, len(rows))}
-    latent_ids, latent_weights = stacked(labels, spec.top_k)
+    latent_ids, latent_weights = stacked(labels)
     length, width = batch["ids"].shape[1], latent_ids.shape[1]
     kl_index: list[int] = []
     kl_latent: list[int] = []

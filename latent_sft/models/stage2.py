@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from latent_sft.method.layout import Kind
 from latent_sft.method.superposition import with_noise
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, SpanCode, Superposition
 from latent_sft.models.backbone import embed, hidden_states, mix_latents
 from latent_sft.models.head import ce_total, kl_total
 
@@ -19,6 +19,7 @@ class Stage2Model(nn.Module):
         super().__init__()
         self.lm = lm
         self.spec = spec
+        self.code: SpanCode | None = None  # where labels are code words of spans: how such latents are read
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Return `ce_total` and `kl_total`, weighted sums; see `latent_sft.data.collate.stage2_batch`."""
