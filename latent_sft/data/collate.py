@@ -1,8 +1,8 @@
 """Rows of token ids -> padded batches; the layout itself is `latent_sft.method.layout`, the batches are the methods'.
 
 A batch is a dictionary of CPU tensors. Labelled positions are listed flat (`target_index` into the `[B*T]` positions,
-`targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `counts` holds the
-denominator of each loss term; the trainer sums it over the global batch.
+`targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `count_<term>` is the
+denominator of a loss term, a scalar; the trainer gives the model its sum over the global batch.
 """
 
 from __future__ import annotations
@@ -101,6 +101,6 @@ def targets_of(rows: Sequence[Row], place: list[list[int]]) -> Batch:
     }
 
 
-def counts_of(rows: Sequence[Row], loss_reduction: str, num_kl: int) -> Tensor:
-    """Return the denominators of the cross-entropy and of the KL."""
-    return torch.tensor([sum(layout.loss_count(r, loss_reduction) for r in rows), num_kl], dtype=torch.float32)
+def count_of(rows: Sequence[Row], loss_reduction: str) -> Tensor:
+    """Return the denominator of the cross-entropy."""
+    return torch.tensor(float(sum(layout.loss_count(r, loss_reduction) for r in rows)))

@@ -31,6 +31,19 @@ CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_BYTES_ACCELERATOR = 512 * 2**20
 
 
+class StepOutput(NamedTuple):
+    """What the forward pass of a model under training returns for a micro-batch.
+
+    Attributes:
+        loss_sums: name of a term -> its sum, a scalar. The trainer divides it by the sum of `count_<name>` over the
+            micro-batches of the optimizer step, on all processes.
+        observed: name -> (sum, count), scalars without gradient, of what describes the step; quotients are logged.
+    """
+
+    loss_sums: dict[str, Tensor]
+    observed: dict[str, tuple[Tensor, Tensor]]
+
+
 class LinearHead(NamedTuple):
     """The map from hidden states to logits, `cap * tanh(x / cap)` of `x = scale * (hidden @ weight.T + bias)`.
 
