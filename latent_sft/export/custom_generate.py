@@ -121,7 +121,7 @@ def generate(
             latents are hidden states, of which there are always as many as in training.
         max_latents: thinking ends after; as trained by default.
         noise_scale: multiplier of Gumbel noise on the latents; no noise by default.
-        snap: what is fed back where latents stand for spans of tokens: `off` (the latent as predicted), or the code
+        snap: what is fed back where latents stand for spans of tokens: `none` (the latent as predicted), or the code
             word that is `nearest` to it, `likeliest`, or found by `greedy` search; as trained by default.
         batch_size: rows decoded together.
         return_latents: return a `LatentOutput`.
@@ -151,8 +151,8 @@ def generate(
     if snap is not None and not isinstance(how, SpanCode):
         refused.add("snap")
     elif snap is not None:
-        if snap not in ("off", "nearest", "likeliest", "greedy"):
-            raise ValueError(f"snap: got {snap!r}, expected off, nearest, likeliest or greedy.")
+        if snap not in ("none", "nearest", "likeliest", "greedy"):
+            raise ValueError(f"snap: got {snap!r}, expected none, nearest, likeliest or greedy.")
         how = dataclasses.replace(how, snap=snap)
     if isinstance(how, ThoughtSpec):
         limits = {"min_latents": min_latents, "max_latents": max_latents, "noise_scale": noise_scale}

@@ -182,15 +182,15 @@ class SpanThinking(LatentThinking):
         # every token of a span has to be among the kept
         self.width = min(max(self.spec.top_k, mixture.longest), self.spec.vocab_size)
         self.snapper, self.reader = Snapper(mixture, self.device), Snapper(mixture, torch.device("cpu"))
-        self.kept = self.width if mixture.snap == "off" else mixture.longest
+        self.kept = self.width if mixture.snap == "none" else mixture.longest
 
     def fed(self, latent: Superposition) -> Superposition:
         """Return the nearest code word, or the latent itself."""
-        return latent if self.code.snap == "off" else self.snapper(latent)
+        return latent if self.code.snap == "none" else self.snapper(latent)
 
     def read(self, latents: Superposition) -> list[list[int]]:
         """Return the span of each latent, in order."""
-        if self.code.snap == "off":
+        if self.code.snap == "none":
             latents = self.reader(latents)
         pairs = zip(latents.ids.tolist(), latents.weights.tolist(), strict=True)
         return [[token for token, weight in zip(*pair, strict=True) if weight > 0] for pair in pairs]

@@ -206,7 +206,7 @@ class SpanCode:
     Attributes:
         rho: ratio of the weight of a span's token to that of the token before it.
         longest: S, tokens of a span at most.
-        snap: what is fed back while thinking: `off` the latent as predicted; `nearest`, `likeliest` or `greedy` the
+        snap: what is fed back while thinking: `none` the latent as predicted; `nearest`, `likeliest` or `greedy` the
             code word found for it (`method.spans.Snapper`).
     """
 

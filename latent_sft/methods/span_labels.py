@@ -60,7 +60,7 @@ class SpansConfig:
     rho: float = 0.7
     """Ratio of the weight of a span's token to the one before (MUX: 0.9). Up to 0.5, spans of known length can always
     be told apart; near 1 the weights differ too little to be learned exactly."""
-    snap: Literal["off", "nearest", "likeliest", "greedy"] = "nearest"
+    snap: Literal["none", "nearest", "likeliest", "greedy"] = "nearest"
     """What is fed back when problems are solved: the latent as predicted, or the code word nearest to it (in L1; in KL;
     or found token by token, for spans longer than 9). Validation during training decodes without."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -70,8 +70,8 @@ class SpansConfig:
         need(1 <= self.rate <= self.longest, "spans.rate", self.rate, f"1 to spans.longest={self.longest} tokens")
         need(self.num_spans >= 1, "spans.num_spans", self.num_spans, "an integer >= 1")
         need(0 < self.rho <= 1, "spans.rho", self.rho, "0 < rho <= 1")
-        short = self.longest <= LONGEST or self.snap in ("off", "greedy")
-        need(short, "spans.snap", self.snap, f"off or greedy, where spans.longest={self.longest} is above {LONGEST}")
+        short = self.longest <= LONGEST or self.snap in ("none", "greedy")
+        need(short, "spans.snap", self.snap, f"none or greedy, where spans.longest={self.longest} is above {LONGEST}")
 
     @property
     def code(self) -> SpanCode:
@@ -115,7 +115,7 @@ def _semantic(cot: Sequence[int], budget: int, longest: int, boundary: Boundary)
     while start < len(cot):
         ends = range(start + 1, min(start + longest, len(cot)) + 1)
         kinds = {end: (True, True) if end == len(cot) else boundary(cot[end - 1], cot[end]) for end in ends}
-        good = [end for end in ends if kinds[end][1] and budget / 2 < end - start <= budget]
+        good = [end for end in ends if kinds[end][1] and budget / 2 <= end - start <= budget]
         allowed = [end for end in ends if kinds[end][0] and end - start <= budget]
         beyond = [end for end in ends if kinds[end][0]]
         end = good[-1] if good else allowed[-1] if allowed else beyond[0] if beyond else ends[-1]
@@ -199,7 +199,7 @@ def _model(setup: Setup) -> nn.Module:
             spacing,
         )
     model = Stage2Model(trainable(load_lm(setup.single, setup.trained_model), setup.model.lora), setup.spec)
-    model.code = dataclasses.replace(config.code, snap="off")
+    model.code = dataclasses.replace(config.code, snap="none")
     return model
 
 

@@ -172,7 +172,7 @@ def test_there_are_bell_numbers_of_code_words():
 
 
 def test_a_long_code_is_searched_greedily():
-    snapper = Snapper(SpanCode(rho=0.5, longest=LONGEST + 3, snap="off"), CPU)
+    snapper = Snapper(SpanCode(rho=0.5, longest=LONGEST + 3, snap="none"), CPU)
     assert snapper.greedy and not hasattr(snapper, "masses")
 
 
@@ -207,7 +207,7 @@ def test_a_step_feeds_the_code_word_back_and_reads_it():
 
 def test_without_snapping_it_is_latent_thinking_that_can_be_read():
     logits = torch.randn(30, 40, generator=torch.Generator().manual_seed(3)) * 2
-    off = SpanThinking(SPEC, CPU, mixture=SpanCode(rho=0.5, longest=3, snap="off"))
+    off = SpanThinking(SPEC, CPU, mixture=SpanCode(rho=0.5, longest=3, snap="none"))
     plain = LatentThinking(SPEC, CPU)
     ours, theirs = (way.step(logits, way.start([0] * 30)) for way in (off, plain))
     assert torch.equal(ours[0].ids, theirs[0].ids) and torch.equal(ours[0].weights, theirs[0].weights)

@@ -259,7 +259,7 @@ def test_stage2_is_not_noisy_outside_training() -> None:
     for found, expected in zip(
         stage2_parts(noisy, EXAMPLES, labels, PUBLISHED), stage2_parts(clean, EXAMPLES, labels, PUBLISHED), strict=True
     ):
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def widen(batch: dict[str, Tensor], by: int) -> dict[str, Tensor]:
