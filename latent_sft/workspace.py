@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ class Workspace:
         step = Step(directory=self.directory / "base", inputs=self._tiny_inputs())
         if not step.is_finished():
             texts = (t for r in self.splits.train for t in (r.problem, r.cot, r.cot_answer))
-            tokenizer = build_tokenizer(texts, model.tiny, self.config.prompt)
+            tokenizer = build_tokenizer(chain(texts, self.splits.words), model.tiny, self.config.prompt)
             step.begin(self.config.seed)
             save_lm(build_tiny(model.tiny, tokenizer, self.config.seed), step.final, tokenizer)
             step.finish()

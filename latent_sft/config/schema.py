@@ -36,8 +36,11 @@ class FieldsConfig:
 class SyntheticConfig:
     """Seeded generators; used for a split whose source is `synthetic`."""
 
-    task: Literal["modular", "arithmetic", "prosqa"] = "modular"
-    """modular: word problems modulo `modulus`; arithmetic: GSM8K-Aug format; prosqa: graph reachability."""
+    task: Literal["modular", "arithmetic", "prosqa", "multiplication", "mnns"] = "modular"
+    """modular: word problems modulo `modulus`; arithmetic: GSM8K-Aug format; prosqa: graph reachability;
+    multiplication: of two numbers of `num_digits` digits, without the pairs of numbers of a split that is read from a
+    file; mnns: minimum non-negative sum, all 6,561 problems whatever `num_train`, `num_validation` and `num_test`
+    say."""
     num_train: int = 50_000
     num_validation: int = 500
     num_test: int = 1_000
@@ -51,10 +54,13 @@ class SyntheticConfig:
     max_nodes: int = 28
     """prosqa: nodes of the largest training graphs and of all validation and test graphs, before those without edges
     are dropped. 28 resembles the public problems (23 remain); fewer make shorter prompts and less to choose from."""
+    num_digits: int = 4
+    """multiplication: digits of both numbers."""
 
     def __post_init__(self) -> None:
         for key in ("num_train", "num_validation", "num_test"):
             need(getattr(self, key) >= 1, f"data.synthetic.{key}", getattr(self, key), "an integer >= 1")
+        need(self.num_digits >= 1, "data.synthetic.num_digits", self.num_digits, "an integer >= 1")
         need(5 <= self.max_nodes <= 28, "data.synthetic.max_nodes", self.max_nodes, "5 to 28")
         smallest = f"5 to max_nodes={self.max_nodes}"
         need(5 <= self.min_nodes <= self.max_nodes, "data.synthetic.min_nodes", self.min_nodes, smallest)
@@ -65,6 +71,21 @@ class SyntheticConfig:
             self.min_steps,
             f"1 to max_steps={self.max_steps}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortenConfig:
+    """Shorter chains of thought in all splits, for baselines that compress text; problems and answers stay."""
+
+    rule: Literal["none", "drop_left", "every_r", "results"] = "none"
+    """drop_left: without the first `steps` steps; every_r: only every `steps`-th step, and the last; results: of each
+    step only what stands behind `=`, without << and >>."""
+    steps: int = 2
+    """Read by drop_left and every_r."""
+
+    def __post_init__(self) -> None:
+        least = 2 if self.rule == "every_r" else 1
+        need(self.steps >= least, "data.shorten.steps", self.steps, f"an integer >= {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +128,7 @@ class DataConfig:
     max_cot_tokens: int = 4096
     """Longer rows are errors (or skipped with on_error=skip), never cut silently. A row of validation or test is not
     left out for its reference CoT: it is evaluated without it."""
+    shorten: ShortenConfig = field(default_factory=ShortenConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
@@ -159,9 +181,9 @@ class TinyModelConfig:
     intermediate_size: int = 192
     tie_embeddings: bool = True
     max_positions: int = 1024
-    tokenizer: Literal["word", "digits", "bpe"] = "word"
+    tokenizer: Literal["word", "digits", "space", "bpe"] = "word"
     """word: one token per word, number or symbol of the training text; digits: as word, numbers digit by digit;
-    bpe: byte-level BPE trained on the training text, never an unknown token."""
+    space: whatever stands between spaces; bpe: byte-level BPE trained on the training text, never an unknown token."""
     vocab_size: int = 4096
     """Upper bound of the vocabulary built from the training text."""
 

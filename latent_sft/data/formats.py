@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Record:
     Attributes:
         id: unique within its split.
         problem: problem text given to the model.
-        cot: chain of thought; empty only in evaluation splits.
+        cot: chain of thought; empty only in evaluation splits, and where `data.shorten` left nothing.
         cot_answer: text the model writes after `</think>`.
         answer: reference answer for grading.
         steps: steps of the chain of thought, in the order they stand in `cot`.
@@ -88,6 +89,26 @@ def split_steps(cot: str, separator: str = "\n") -> tuple[str, ...]:
     if separator != "\n":
         parts = [*(part + separator for part in parts[:-1]), parts[-1]]
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def step_starts(cot: str, steps: Sequence[str]) -> list[int]:
+    """Return where each step begins in its chain of thought.
+
+    Raises:
+        DataError: a step is not in it behind the ones before; without the row, and without a full stop, so that the
+            caller can say what the steps are needed for.
+    """
+    starts, position = [], 0
+    for step in steps:
+        start = cot.find(step, position)
+        if start < 0:
+            raise DataError(
+                f"field 'steps': {step!r:.80} is not in `cot` after the steps before it; expected the steps in the "
+                "order of `cot`"
+            )
+        starts.append(start)
+        position = start + len(step)
+    return starts
 
 
 def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:

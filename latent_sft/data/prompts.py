@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from latent_sft.config.schema import LatentConfig, PromptConfig
-from latent_sft.data.formats import Record, split_steps
+from latent_sft.data.formats import Record, split_steps, step_starts
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.method.layout import fixed_segments
 from latent_sft.method.types import LatentSpec
@@ -203,16 +203,10 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
 
 def _step_lengths(record: Record, cot: str, ends: list[int]) -> list[int]:
     # a token belongs to the step in which its last character stands, so the text is tokenised as in `fixed`
-    starts, position = [], 0
-    for step in record.steps or split_steps(cot):
-        start = cot.find(step, position)
-        if start < 0:
-            raise DataError(
-                f"row {record.id!r}: field 'steps': {step!r:.80} is not in `cot` after the steps before it; expected "
-                "the steps in the order of `cot` (latent.segmentation=step needs them)."
-            )
-        starts.append(start)
-        position = start + len(step)
+    try:
+        starts = step_starts(cot, record.steps or split_steps(cot))
+    except DataError as error:
+        raise DataError(f"row {record.id!r}: {error} (latent.segmentation=step needs them).") from error
     lengths = [0] * len(starts)
     for end in ends:
         lengths[max(0, bisect_right(starts, end - 1) - 1)] += 1

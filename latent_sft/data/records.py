@@ -10,8 +10,10 @@ from functools import cached_property
 from itertools import islice
 
 from latent_sft.config.schema import DataConfig
+from latent_sft.data import mnns
 from latent_sft.data.formats import Record, RowFormat, parse_row
 from latent_sft.data.readers import RawRow, read_rows, source_fingerprint
+from latent_sft.data.shorten import shortened
 from latent_sft.data.synthetic import generate
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.runs import fingerprint
@@ -27,10 +29,11 @@ logger = logging.getLogger(__name__)
 class Splits:
     """The data of an experiment. A split is read, every row validated, when it is first asked for.
 
-    A row of train needs a chain of thought; validation and test rows need only problem and answer. Where no validation
-    source is given, whole problems are held out of train (`validation_size`, `split_seed`), before `limit_train`, so
-    that experiments with other limits validate on the same problems; train is then read to its end, else as far as
-    its limit.
+    A row of train needs a chain of thought; validation and test rows need only problem and answer. `data.shorten` cuts
+    the chains of all splits, and of a validation or test row where it does not apply drops the chain. Where no
+    validation source is given, whole problems are held out of train (`validation_size`, `split_seed`), before
+    `limit_train`, so that experiments with other limits validate on the same problems; train is then read to its end,
+    else as far as its limit.
 
     Attributes:
         sources: by split (those there are) what it is made from: SHA-256 of the file, or a description, and how its
@@ -51,6 +54,7 @@ class Splits:
         self._given = {"train": config.train, "validation": validation, "test": config.test}
         self.validation_from_train = not validation
         self.skipped: dict[str, list[dict[str, str | int]]] = {}
+        self._most_steps = 0  # of a row of train, before it was shortened
         self._limits = {
             "train": config.limit_train,
             "validation": config.limit_validation,
@@ -83,6 +87,12 @@ class Splits:
         """Rows to report on; may be empty."""
         return self._read("test", self._limits["test"]) if self._given["test"] else []
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words that a vocabulary built from the training text needs beside it."""
+        generated = self._config.train == SYNTHETIC and self._config.synthetic.task == "mnns"
+        return mnns.WORDS if generated else ()
+
     @cached_property
     def _train_and_held_out(self) -> tuple[list[Record], list[Record]]:
         if not self.validation_from_train:
@@ -91,24 +101,61 @@ class Splits:
 
     @cached_property
     def _generated(self) -> dict[str, list[Record]]:
-        return generate(self._config.synthetic)
+        without = (row.problem for split in self._without for row in self._records(split, []))
+        return generate(self._config.synthetic, without)
+
+    @property
+    def _without(self) -> list[str]:
+        # public files of a task that is generated too: what is tested must not have been trained on
+        given = [split for split, source in self._given.items() if source not in ("", SYNTHETIC)]
+        return given if self._config.synthetic.task == "multiplication" else []
 
     def _read(self, split: str, limit: int) -> list[Record]:
         source = self._given[split]
         if source == SYNTHETIC:
-            return self._generated[split][: limit or None]
-        skipped = self.skipped[split] = []
-        records = list(islice(self._records(split, skipped), limit or None))
-        if not records:
-            first = f" The first of {len(skipped)} bad ones: {skipped[0]['reason']}" if skipped else ""
-            raise DataError(f"{source}: no usable rows; expected at least one for {split}.{first}")
+            generated = self._generated[split][: limit or None]
+            try:
+                records = [self._shortened(record, split) for record in generated]
+            except DataError as error:
+                raise DataError(f"{SYNTHETIC} {self._config.synthetic.task}: {error}") from error
+        else:
+            skipped = self.skipped[split] = []
+            records = list(islice(self._records(split, skipped), limit or None))
+            if not records:
+                first = f" The first of {len(skipped)} bad ones: {skipped[0]['reason']}" if skipped else ""
+                raise DataError(f"{source}: no usable rows; expected at least one for {split}.{first}")
+        if split == "train":
+            self._check_shortened(records)
         return records
+
+    def _shortened(self, record: Record, split: str) -> Record:
+        if split == "train":
+            self._most_steps = max(self._most_steps, len(record.steps))
+        try:
+            return shortened(record, self._config.shorten)
+        except DataError:
+            if split == "train":
+                raise
+            return dataclasses.replace(record, cot="", steps=())  # a problem can be solved and graded without
+
+    def _check_shortened(self, records: list[Record]) -> None:
+        rule, steps = self._config.shorten.rule, self._config.shorten.steps
+        if rule in ("drop_left", "every_r") and self._most_steps < 2:
+            raise ConfigError(
+                f"data.shorten.rule: got {rule!r}, but no CoT of train has two steps; expected some that can be told "
+                "apart. Set data.step_separator to what stands between them, or give data.fields.steps."
+            )
+        if not any(record.cot for record in records):
+            raise ConfigError(
+                f"data.shorten.steps: got {steps}, which leaves nothing of any CoT of train (the longest has "
+                f"{self._most_steps} steps); expected fewer. Without any CoT trains the no-cot stage."
+            )
 
     def _records(self, split: str, skipped: list[dict[str, str | int]]) -> Iterator[Record]:
         row_format, first_seen = self._row_format(split), {}
         for row in read_rows(self._given[split]):
             try:
-                record = _parse(row, row_format, split, first_seen)
+                record = self._shortened(_parse(row, row_format, split, first_seen), split)
             except DataError as error:
                 if self._config.on_error == "raise":
                     raise DataError(
@@ -130,9 +177,13 @@ class Splits:
         )
 
     def _describe(self, split: str, source: str) -> str:
-        if source == SYNTHETIC:
-            return f"{SYNTHETIC} {self._config.synthetic.task} {fingerprint(READING, self._config.synthetic)}"
-        return f"{source_fingerprint(source)}; rows {fingerprint(READING, self._row_format(split))}"
+        shorten = self._config.shorten
+        cut = f"; shortened {fingerprint(shorten)}" if shorten.rule != "none" else ""
+        if source != SYNTHETIC:
+            return f"{source_fingerprint(source)}; rows {fingerprint(READING, self._row_format(split))}{cut}"
+        made = f"{SYNTHETIC} {self._config.synthetic.task} {fingerprint(READING, self._config.synthetic)}"
+        without = [self._describe(other, self._given[other]) for other in self._without]
+        return made + (f", without the problems of {fingerprint(without)}" if without else "") + cut
 
 
 def load_splits(config: DataConfig) -> Splits:

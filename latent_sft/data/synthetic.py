@@ -1,4 +1,4 @@
-"""Generated problems: `modular` and `arithmetic` word problems here, graph problems from `prosqa`.
+"""Generated problems: `modular` and `arithmetic` word problems here, the other tasks from modules of their names.
 
 The same seed gives the same problems on every machine; test and validation do not depend on the size of train.
 """
@@ -6,10 +6,10 @@ The same seed gives the same problems on every machine; test and validation do n
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from latent_sft.config.schema import SyntheticConfig
-from latent_sft.data import prosqa
+from latent_sft.data import mnns, multiplication, prosqa
 from latent_sft.data.formats import Record
 from latent_sft.errors import ConfigError
 
@@ -72,8 +72,13 @@ ARITHMETIC_QUESTIONS = (
 ARITHMETIC_LARGEST = 1000
 
 
-def generate(config: SyntheticConfig) -> dict[str, list[Record]]:
-    """Return `train`, `validation` and `test`; no problem text occurs twice, within a split or across splits.
+def generate(config: SyntheticConfig, without: Iterable[str] = ()) -> dict[str, list[Record]]:
+    """Return `train`, `validation` and `test`; no problem occurs twice, within a split or across splits.
+
+    Args:
+        config: the task and its sizes.
+        without: further problem texts that none is to be the same as. Two multiplications are the same problem where
+            their numbers are, in either order.
 
     Raises:
         ConfigError: the task cannot make that many different problems, or that many steps.
@@ -82,10 +87,12 @@ def generate(config: SyntheticConfig) -> dict[str, list[Record]]:
         raise ConfigError(
             f"data.synthetic.min_steps: got {config.min_steps}, expected at most {prosqa.LONGEST_PATH} for task prosqa."
         )
-    draw = {"modular": _modular, "arithmetic": _arithmetic, "prosqa": _prosqa}[config.task]
+    if config.task == "mnns":
+        return {split: _all_mnns(split, found) for split, found in mnns.split_problems(config.seed).items()}
+    tasks = {"modular": _modular, "arithmetic": _arithmetic, "prosqa": _prosqa, "multiplication": _multiplication}
     sizes = {"test": config.num_test, "validation": config.num_validation, "train": config.num_train}
-    seen: set[str] = set()
-    splits = {split: _distinct(config, split, size, draw, seen) for split, size in sizes.items()}
+    seen = {_same(config.task, problem) for problem in without}
+    splits = {split: _distinct(config, split, size, tasks[config.task], seen) for split, size in sizes.items()}
     return {split: splits[split] for split in ("train", "validation", "test")}
 
 
@@ -101,16 +108,22 @@ def _distinct(
     tries = 0
     while len(records) < size:
         record = draw(rng, config, f"{config.task}-{split}-{len(records)}")
-        tries = tries + 1 if record.problem in seen else 0
+        same = _same(config.task, record.problem)
+        tries = tries + 1 if same in seen else 0
         if tries > MAX_TRIES:
             raise ConfigError(
                 f"data.synthetic.num_{split}: got {size}, but after {len(records)} there is hardly another "
-                f"{config.task} problem; expected fewer, or a larger max_steps."
+                f"{config.task} problem; expected fewer, or a larger "
+                f"{'num_digits' if config.task == 'multiplication' else 'max_steps'}."
             )
         if not tries:
-            seen.add(record.problem)
+            seen.add(same)
             records.append(record)
     return records
+
+
+def _same(task: str, problem: str) -> str:
+    return multiplication.in_order(problem) if task == "multiplication" else problem
 
 
 def _modular(rng: random.Random, config: SyntheticConfig, row_id: str) -> Record:
@@ -165,6 +178,27 @@ def _prosqa(rng: random.Random, config: SyntheticConfig, row_id: str) -> Record:
         min_steps = min_steps if nodes == config.max_nodes else 1  # small graphs have no long paths
     made = prosqa.generate_problem(rng, min_steps=min_steps, max_steps=config.max_steps, num_nodes=nodes)
     return _record(row_id, made.problem, "\n".join(made.steps), made.answer, made.steps)
+
+
+def _multiplication(rng: random.Random, config: SyntheticConfig, row_id: str) -> Record:
+    left, right = (rng.randrange(10 ** (config.num_digits - 1), 10**config.num_digits) for _ in range(2))
+    steps = multiplication.steps_of(left, right)
+    return _record(
+        row_id,
+        multiplication.problem_of(left, right),
+        " ".join(steps),
+        multiplication.answer_of(left, right),
+        steps,
+    )
+
+
+def _all_mnns(split: str, problems: list[tuple[int, ...]]) -> list[Record]:
+    records = []
+    for number, digits in enumerate(problems):
+        *steps, answer = (f"S{total}" for total in mnns.best_trace(digits))
+        problem = " ".join(f"D{digit}" for digit in digits)
+        records.append(_record(f"mnns-{split}-{number}", problem, " ".join(steps), answer, steps))
+    return records
 
 
 def _apply(sign: str, left: int, right: int) -> int:

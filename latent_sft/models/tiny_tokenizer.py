@@ -26,7 +26,8 @@ def build_tokenizer(texts: Iterable[str], config: TinyModelConfig, prompt: Promp
     `word`: a token is a number, a word, or a run of one symbol; the most frequent ones are kept, the rest is `<unk>`.
     `digits`: the same, but numbers are written digit by digit, so that no number is unknown. Both drop whitespace and
     decode with single spaces, except beside symbols that stand without one in most of the text (`Tom is here.`,
-    `<<16-3=13>>`); decoded text equals its source up to whitespace. `bpe`: byte-level BPE, decodes exactly.
+    `<<16-3=13>>`); decoded text equals its source up to whitespace. `space`: a token is what stands between whitespace;
+    decodes with single spaces. `bpe`: byte-level BPE, decodes exactly.
 
     `<think>`, `</think>` (as `prompt` spells them), `<pad>`, `<eos>` and `<unk>` are reserved tokens.
 
@@ -61,7 +62,8 @@ def build_tokenizer(texts: Iterable[str], config: TinyModelConfig, prompt: Promp
 def _words(texts: Iterable[str], config: TinyModelConfig, reserved: list[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    counts, glue = _count(texts)
+    spaces = config.tokenizer == "space"
+    counts, glue = (Counter(word for text in texts for word in text.split()), "") if spaces else _count(texts)
     vocabulary = [*reserved]
     if config.tokenizer == "digits":
         counts = Counter({piece: n for piece, n in counts.items() if not piece[0].isdecimal()})
@@ -84,6 +86,9 @@ def _words(texts: Iterable[str], config: TinyModelConfig, reserved: list[str]) -
     else:
         model = models.WordLevel(table, unk_token=UNK)
     backend = Tokenizer(model)
+    if spaces:
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return backend
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     steps = [decoders.WordPiece(prefix=CONTINUES, cleanup=False), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Replace(Regex(glue), "")] if glue else steps)

@@ -20,7 +20,7 @@ TEXTS = [
     "Bob has 0.5 eggs.",
     "5 - 2 = 3 ;",
 ]
-KINDS = ("word", "digits", "bpe")
+KINDS = ("word", "digits", "space", "bpe")
 
 
 def build(kind: str, texts: list[str] = TEXTS, vocab_size: int = 600) -> PreTrainedTokenizerFast:
@@ -42,6 +42,13 @@ def test_digits_spells_every_number() -> None:
     assert pieces(tokenizer, "12 eggs, 907.5") == ["1", "##2", "eggs", "<unk>", "9", "##0", "##7", "##.", "##5"]
     assert tokenizer.decode(tokenizer("907.5 eggs 1,000 3 4")["input_ids"]) == "907.5 eggs 1,000 3 4"
     assert "12" not in tokenizer.get_vocab()
+
+
+def test_space_takes_whatever_stands_between_spaces_for_a_token() -> None:
+    tokenizer = build("space", ["D5 D3 S-2", "##1  #### <<1+1=2>>\n"])
+    assert pieces(tokenizer, "S-2\tD3\n<<1+1=2>> S2") == ["S-2", "D3", "<<1+1=2>>", "<unk>"]
+    assert tokenizer.decode(tokenizer("D5 ##1  S-2 ####")["input_ids"]) == "D5 ##1 S-2 ####"
+    assert len(tokenizer.get_vocab()) == 6 + 5  # and the reserved ones
 
 
 @pytest.mark.parametrize("kind", KINDS)
