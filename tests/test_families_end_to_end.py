@@ -128,9 +128,9 @@ def train(work: Workspace, name: str) -> torch.nn.Module:
     for _ in range(3):
         model.zero_grad()
         out = model(**batch)
-        loss = out["ce_total"] / batch["counts"][0]
-        if "kl_total" in out:
-            loss = loss + out["kl_total"] / batch["counts"][1]
+        loss = out.loss_sums["ce"] / batch["count_ce"]
+        if "kl" in out.loss_sums:
+            loss = loss + out.loss_sums["kl"] / batch["count_kl"]
         loss.backward()
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
         optimizer.step()

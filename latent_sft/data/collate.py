@@ -1,8 +1,8 @@
 """Rows of token ids -> padded batches; the layout itself is `latent_sft.method.layout`, the batches are the methods'.
 
 A batch is a dictionary of CPU tensors. Labelled positions are listed flat (`target_index` into the `[B*T]` positions,
-`targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `counts` holds the
-denominator of each loss term; the trainer sums it over the global batch.
+`targets`, `target_weights`, each `[M]`), so that a model computes logits only where a label is. `count_<term>` is the
+denominator of a loss term, a scalar; the trainer gives the model its sum over the global batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TokenRow = Mapping[str, Any]
 LabelOf = Callable[[str, str], Superposition]  # (row id, row hash) -> stored latents of that row
 
 
-def stacked(labels: Sequence[Superposition], top_k: int) -> tuple[Tensor, Tensor]:
+def stacked(labels: Sequence[Superposition]) -> tuple[Tensor, Tensor]:
     """Return ids and weights `[B, N, K]` of rows of superpositions, padded to the longest row."""
-    width = max(len(label.ids) for label in labels)
-    ids = torch.zeros(len(labels), width, top_k, dtype=torch.long)
-    weights = torch.zeros(len(labels), width, top_k)
+    width, kept = max(len(label.ids) for label in labels), labels[0].ids.shape[-1]
+    ids = torch.zeros(len(labels), width, kept, dtype=torch.long)
+    weights = torch.zeros(len(labels), width, kept)
     for b, label in enumerate(labels):
         ids[b, : len(label.ids)], weights[b, : len(label.ids)] = label
     return ids, weights
@@ -101,6 +101,6 @@ def targets_of(rows: Sequence[Row], place: list[list[int]]) -> Batch:
     }
 
 
-def counts_of(rows: Sequence[Row], loss_reduction: str, num_kl: int) -> Tensor:
-    """Return the denominators of the cross-entropy and of the KL."""
-    return torch.tensor([sum(layout.loss_count(r, loss_reduction) for r in rows), num_kl], dtype=torch.float32)
+def count_of(rows: Sequence[Row], loss_reduction: str) -> Tensor:
+    """Return the denominator of the cross-entropy."""
+    return torch.tensor(float(sum(layout.loss_count(r, loss_reduction) for r in rows)))

@@ -17,7 +17,8 @@ read (as hidden states may) is not seen by it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from latent_sft.evaluation.intervals import derangement
@@ -73,3 +74,48 @@ def _share(gold: set[int], named: set[int]) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
+
+
+def span_agreement(
+    decoded: Sequence[Decoded],
+    rows: Sequence[Mapping[str, Any]],
+    spans_of: Callable[[Mapping[str, Any]], list[list[int]]],
+) -> dict[str, Any]:
+    """Return how far latents that stand for spans of tokens stand for those of the reference CoT, place by place.
+
+    Args:
+        decoded: one sample per problem.
+        rows: the problems; those without a CoT are left out.
+        spans_of: row -> the spans of its reference CoT.
+
+    Returns:
+        `spans_exact` and `spans_multiset` (shares of the reference's spans that the latent at their place reads token
+        by token, or but for the order), `thought_exact` (share of problems whose whole thought is the reference's),
+        `first_wrong_latent_mean` (place of the first wrong one, from 1, where one is) and `spans_by_position` {place:
+        {`exact`, `num_examples`}}; nothing where no row has a CoT.
+    """
+    exact: dict[int, list[bool]] = {}
+    same_tokens, whole, first_wrong = [], [], []
+    for sample, row in zip(decoded, rows, strict=True):
+        reference, read = spans_of(row) if row["cot"] else [], sample.spans or []
+        if not reference:
+            continue
+        right = [read[i : i + 1] == [span] for i, span in enumerate(reference)]
+        same_tokens += [bool(read[i:]) and Counter(read[i]) == Counter(span) for i, span in enumerate(reference)]
+        whole.append(read == reference)
+        if not whole[-1]:
+            first_wrong.append(([*right, False]).index(False) + 1)
+        for place, found in enumerate(right, start=1):
+            exact.setdefault(place, []).append(found)
+    if not exact:
+        return {}
+    every = [found for places in exact.values() for found in places]
+    return {
+        "spans_exact": sum(every) / len(every),
+        "spans_multiset": sum(same_tokens) / len(same_tokens),
+        "thought_exact": sum(whole) / len(whole),
+        "first_wrong_latent_mean": sum(first_wrong) / len(first_wrong) if first_wrong else None,
+        "spans_by_position": {
+            str(place): {"exact": sum(found) / len(found), "num_examples": len(found)} for place, found in exact.items()
+        },
+    }

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from latent_sft.config.experiment import Config
 from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
-from latent_sft.evaluation.agreement import agreement
+from latent_sft.evaluation.agreement import agreement, span_agreement
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.interventions import check_given, intervene
 from latent_sft.evaluation.score import score
@@ -135,6 +135,8 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         log.warning("eval %s %s: the accuracy is without rows that were skipped (%s)", name, split, reasons)
     first = decoded[:: settings.num_samples]
     summary |= agreement(first, rows)
+    if thinker.spans_of is not None:
+        summary |= span_agreement(first, rows, thinker.spans_of)
     names = _interventions(work, name, split)
     if names:
         found = intervene(thinker.lm, work.spec, rows, first, names=names, batch_size=settings.batch_size, **grading)

@@ -97,6 +97,10 @@ def latent_table(rows: Sequence[Row]) -> Table:
         ("max", _value("latent_steps_max", "{:,.0f}".format)),
         ("entropy (nats)", _value("latent_entropy_mean", "{:,.2f}".format)),
         ("top-1 is </think> %", _value("end_top1_share", percent)),
+        ("spans read right %", _value("spans_exact", percent)),
+        ("but for order %", _value("spans_multiset", percent)),
+        ("thoughts right %", _value("thought_exact", percent)),
+        ("first wrong latent", _value("first_wrong_latent_mean", "{:,.1f}".format)),
         *(
             (f"ECR@{k}", _value(f"ecr.{k}", "{:,.2f}".format))
             for k in sorted({int(k) for r in rows for k in r.get("ecr") or {}})

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latent_sft import __version__
 from latent_sft.config.experiment import Config
-from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.method.types import LatentSpec, SpanCode, ThoughtSpec
 from latent_sft.methods import method_of
 from latent_sft.runs import MANIFEST, read_json
 
@@ -68,7 +68,7 @@ def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path,
 
 
 def model_card(
-    spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts, thoughts: ThoughtSpec | None = None
+    spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts, how: ThoughtSpec | SpanCode | None = None
 ) -> str:
     """Return the README of an exported folder: YAML front matter, then Markdown.
 
@@ -76,7 +76,7 @@ def model_card(
         spec: settings.
         tokenizer: of the model.
         facts: what the checkpoint does not say.
-        thoughts: of a model that thinks in hidden states; None is one that thinks in superpositions.
+        how: a model thinks in hidden states, or in code words of spans; None is one that thinks in superpositions.
     """
     method = method_of(facts.method) if facts.method else None
     environment = Environment(
@@ -88,7 +88,8 @@ def model_card(
     )
     body = environment.get_template("card.md.jinja").render(
         spec=spec,
-        thoughts=thoughts,
+        thoughts=how if isinstance(how, ThoughtSpec) else None,
+        code=how if isinstance(how, SpanCode) else None,
         facts=facts,
         method=method,
         make_inputs=prompt_code(spec, _opened(spec, tokenizer)),

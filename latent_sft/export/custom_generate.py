@@ -25,12 +25,13 @@ from transformers.utils import cached_file
 from latent_sft.export.writer import Writer
 from latent_sft.inference.generate import Decoded, Sampling
 from latent_sft.inference.generate import generate as decode
-from latent_sft.method.types import LatentSpec, ThoughtSpec
+from latent_sft.method.types import LatentSpec, SpanCode, ThoughtSpec
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 
-# the export writes the checkpoint's own values here; THOUGHTS stays None where latents are mixes of vocabulary entries
+# the export writes the checkpoint's own values here; HOW stays None where latents are mixes of vocabulary entries that
+# stand for no span of tokens
 SPEC: LatentSpec = None  # type: ignore[assignment]
-THOUGHTS: ThoughtSpec | None = None
+HOW: ThoughtSpec | SpanCode | None = None
 
 # arguments of other callers that change nothing here
 IGNORED = {"token_type_ids", "synced_gpus", "trust_remote_code"}
@@ -63,6 +64,7 @@ class LatentOutput(GenerateDecoderOnlyOutput):
         latent_ids: `[B, N, K]` token ids of the latents, padded with the pad id.
         latent_weights: `[B, N, K]` their weights, padded with 0.
         num_latents: `[B]`.
+        thoughts: `[B, L']` token ids of the reasoning, where latents stand for spans of it; padded with the pad id.
         latent_embeds: `[B, N, D]` what was fed, where latents are hidden states; ids and weights are then what the LM
             head makes of them.
     """
@@ -70,6 +72,7 @@ class LatentOutput(GenerateDecoderOnlyOutput):
     latent_ids: LongTensor | None = None
     latent_weights: Tensor | None = None
     num_latents: LongTensor | None = None
+    thoughts: LongTensor | None = None
     latent_embeds: Tensor | None = None
 
 
@@ -88,6 +91,7 @@ def generate(
     min_latents: int | None = None,
     max_latents: int | None = None,
     noise_scale: float | None = None,
+    snap: str | None = None,
     batch_size: int = 64,
     return_latents: bool = False,
     **settings: Any,
@@ -117,6 +121,8 @@ def generate(
             latents are hidden states, of which there are always as many as in training.
         max_latents: thinking ends after; as trained by default.
         noise_scale: multiplier of Gumbel noise on the latents; no noise by default.
+        snap: what is fed back where latents stand for spans of tokens: `none` (the latent as predicted), or the code
+            word that is `nearest` to it, `likeliest`, or found by `greedy` search; as trained by default.
         batch_size: rows decoded together.
         return_latents: return a `LatentOutput`.
         **settings: those of a GenerationConfig. `max_new_tokens` is the cap of the answer, EOS included, as trained by
@@ -141,7 +147,14 @@ def generate(
     refused |= {key for key, neutral in NOT_AVAILABLE.items() if chosen(key) not in (None, neutral)}
     if custom_generate is not None and str(custom_generate) != str(model.name_or_path):
         refused.add("custom_generate")
-    if THOUGHTS is not None:
+    how = HOW
+    if snap is not None and not isinstance(how, SpanCode):
+        refused.add("snap")
+    elif snap is not None:
+        if snap not in ("none", "nearest", "likeliest", "greedy"):
+            raise ValueError(f"snap: got {snap!r}, expected none, nearest, likeliest or greedy.")
+        how = dataclasses.replace(how, snap=snap)
+    if isinstance(how, ThoughtSpec):
         limits = {"min_latents": min_latents, "max_latents": max_latents, "noise_scale": noise_scale}
         refused |= {key for key, value in limits.items() if value is not None}
     if refused:
@@ -225,13 +238,15 @@ def generate(
         )
     if streamer is not None:
         streamer.put(ids.cpu())
-    thoughts = None if THOUGHTS is None else _beside(model, THOUGHTS)
+    thoughts = _beside(model, how) if isinstance(how, ThoughtSpec) else None
+    code = how if isinstance(how, SpanCode) else None
     decoded = decode(
         model,
         spec,
         [prompt for prompt, _ in opened],
-        thinker="latent" if thoughts is None else "continuous",
+        thinker="latent" if how is None else "spans" if code else "continuous",
         thoughts=thoughts,
+        mixture=code,
         sampling=sampling,
         write=writer,
         batch_size=batch_size,
@@ -306,16 +321,20 @@ def _beside(model: PreTrainedModel, spec: ThoughtSpec) -> Thoughts:
 
 def _with_latents(sequences: Tensor, decoded: list[Decoded], spec: LatentSpec) -> LatentOutput:
     most = max((row.num_steps for row in decoded), default=0)
-    ids = torch.full((len(decoded), most, spec.top_k), spec.pad_id)
-    weights = torch.zeros(len(decoded), most, spec.top_k)
+    kept = max((row.latent_ids.shape[-1] for row in decoded if row.latent_ids is not None), default=spec.top_k)
+    ids = torch.full((len(decoded), most, kept), spec.pad_id)
+    weights = torch.zeros(len(decoded), most, kept)
+    said = torch.full((len(decoded), max((len(row.thought_ids) for row in decoded), default=0)), spec.pad_id)
     for b, row in enumerate(decoded):
         ids[b, : row.num_steps] = row.latent_ids
         weights[b, : row.num_steps] = row.latent_weights
+        said[b, : len(row.thought_ids)] = torch.tensor(row.thought_ids, dtype=torch.long)
     embeds = [row.latent_embeds for row in decoded if row.latent_embeds is not None]  # all of them or none
     return LatentOutput(
         sequences=sequences,
         latent_ids=ids.to(sequences.device),
         latent_weights=weights.to(sequences.device),
         num_latents=torch.tensor([row.num_steps for row in decoded], device=sequences.device),
+        thoughts=said.to(sequences.device) if isinstance(HOW, SpanCode) else None,
         latent_embeds=torch.stack(embeds).to(sequences.device) if embeds else None,
     )

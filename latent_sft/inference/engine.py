@@ -19,6 +19,7 @@ from latent_sft.inference.advance import DecodeConfig, Write
 from latent_sft.inference.noise import Sampling
 from latent_sft.inference.slots import Finished, Request, Slots
 from latent_sft.method.soft import SoftThinking
+from latent_sft.method.spans import SpanThinking
 from latent_sft.method.thinking import (
     THINK,
     ExplicitThinking,
@@ -39,6 +40,7 @@ THINKERS: dict[str, type[Thinking]] = {
     "latent": LatentThinking,
     "continuous": HiddenStateThinking,
     "soft": SoftThinking,
+    "spans": SpanThinking,
 }
 
 
@@ -50,12 +52,13 @@ class Decoded:
         latent_ids: `[n, K]` on the CPU, or None where thinking was explicit. For hidden states these say what the LM
             head makes of the state that a latent was made of.
         latent_weights: `[n, K]` float32, likewise.
-        thought_ids: explicit tokens between the delimiters; for latents their top-1 ids.
+        thought_ids: explicit tokens between the delimiters; for latents what they stand for.
         answer_ids: answer without EOS.
         num_steps: latents, or explicit CoT tokens.
         forward_passes: model calls this row took part in, prefill included.
         finished: EOS was written.
         latent_embeds: `[n, D]` float32 on the CPU, what the latents were fed as, where that was not a superposition.
+        spans: the part of `thought_ids` that each latent stands for.
     """
 
     latent_ids: Tensor | None
@@ -66,6 +69,7 @@ class Decoded:
     forward_passes: int
     finished: bool
     latent_embeds: Tensor | None = None
+    spans: list[list[int]] | None = None
 
 
 class Engine:
@@ -106,7 +110,7 @@ class Engine:
             static: see `generate`.
             compile: see `generate`.
             max_cot_tokens: see `generate`.
-            needed: `thoughts` or `soft`.
+            needed: `thoughts` or `mixture`.
 
         Raises:
             ConfigError: the model has layers of a kind that decoding does not know.
@@ -250,17 +254,19 @@ class Engine:
         elif not self.thinking.written:
             latent = Superposition(row.fed.ids[:steps].clone(), row.fed.weights[:steps].clone())
         thought = [] if given is not None else tokens[:steps]
+        spans = None if latent is None else self.thinking.read(latent)
         # the last token is not fed, but there was the prefill; latents that were thought at once took T passes more
         passes = self.thinking.thoughts.spec.iterations + row.num_answer if self.thinking.at_once else length
         return Decoded(
             latent_ids=None if latent is None else latent.ids,
             latent_weights=None if latent is None else latent.weights,
-            thought_ids=thought if latent is None else latent.ids[:, 0].tolist(),
+            thought_ids=thought if spans is None else [token for span in spans for token in span],
             answer_ids=answer[:-1] if finished else answer,
             num_steps=steps,
             forward_passes=passes,
             finished=finished,
             latent_embeds=embeds,
+            spans=spans,
         )
 
 

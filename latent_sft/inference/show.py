@@ -36,10 +36,12 @@ class ShownLatent:
     Attributes:
         entropy: of its weights, in nats.
         tokens: `(text, weight)`, the heaviest first.
+        span: the text that it stands for, where latents stand for spans of the CoT.
     """
 
     entropy: float
     tokens: list[tuple[str, float]]
+    span: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class Solution:
         problem: as asked.
         thinker: `latent`, `continuous`, `explicit` or `none`.
         latents: what was thought, of hidden states what the LM head makes of them; empty for the other thinkers.
-        thought: written reasoning; empty for latent thinking.
+        thought: written reasoning; of latents that stand for spans of it, what they say; empty for others.
         answer: text after `</think>`.
         num_steps: latents, or tokens of written reasoning.
         forward_passes: model calls, prefill included.
@@ -216,11 +218,13 @@ def as_table(solution: Solution) -> str:
         kind = THINKERS[solution.thinker]
         if kind.title and not kind.written:
             table = Table(title=f"{kind.title}: {solution.num_steps}")
-            for column in ("#", "entropy", "vocabulary entries (weight)"):
-                table.add_column(column, justify="left" if column.startswith("v") else "right")
+            for column in ("#", "entropy"):
+                table.add_column(column, justify="right")
+            for column in (*(["stands for"] if kind.readable else []), "vocabulary entries (weight)"):
+                table.add_column(column)
             for number, latent in enumerate(solution.latents, 1):
                 tokens = "  ".join(f"{text!r} {weight:.2f}" for text, weight in latent.tokens)
-                table.add_row(str(number), f"{latent.entropy:.2f}", tokens)
+                table.add_row(str(number), f"{latent.entropy:.2f}", *([latent.span] if kind.readable else []), tokens)
             console.print(table)
         elif kind.title:
             console.print(f"{kind.title} ({solution.num_steps} tokens): {solution.thought}", soft_wrap=True)
@@ -232,16 +236,18 @@ def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTraine
     latents, every = [], None
     if decoded.latent_ids is not None and decoded.latent_weights is not None:
         every = Superposition(decoded.latent_ids, decoded.latent_weights)
-        for ids, weights, nats in zip(*every, entropy(every).tolist(), strict=True):
+        spans = decoded.spans if THINKERS[thinker].readable and decoded.spans else [[]] * len(every.ids)
+        for ids, weights, nats, span in zip(*every, entropy(every).tolist(), spans, strict=True):
             heaviest = weights.argsort(descending=True)[:top]  # noise changes the weights and not the order of the ids
             pairs = zip(ids[heaviest].tolist(), weights[heaviest].tolist(), strict=True)
             tokens = [(str(tokenizer.decode([token])), round(weight, 4)) for token, weight in pairs]
-            latents.append(ShownLatent(entropy=round(nats, 4), tokens=tokens))
+            text = str(tokenizer.decode(span)) if span else ""
+            latents.append(ShownLatent(entropy=round(nats, 4), tokens=tokens, span=text))
     return Solution(
         problem=problem,
         thinker=thinker,
         latents=latents,
-        thought=str(tokenizer.decode(decoded.thought_ids)) if THINKERS[thinker].written else "",
+        thought=str(tokenizer.decode(decoded.thought_ids)) if THINKERS[thinker].readable else "",
         answer=str(tokenizer.decode(decoded.answer_ids)).strip(),
         num_steps=decoded.num_steps,
         forward_passes=decoded.forward_passes,

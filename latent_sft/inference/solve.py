@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from latent_sft.data.collate import TokenRow
+from latent_sft.inference.engine import Engine
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.method.types import LatentSpec, Soft, Superposition
+from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -20,16 +23,78 @@ class Thinker(NamedTuple):
         kind: a name of `inference.engine.THINKERS`.
         lm: causal LM.
         thoughts: for `continuous`.
-        soft: for `soft`.
+        mixture: for `soft` and `spans`.
         oracle: (rows, batch size) -> latents of every row, `[N, K]` each, made from its reference CoT; fed in place of
             its own.
+        spans_of: for `spans`: row -> the spans of its reference CoT that its latents should stand for.
     """
 
     kind: str
     lm: nn.Module
     thoughts: Thoughts | None = None
-    soft: Soft | None = None
+    mixture: Soft | SpanCode | None = None
     oracle: Callable[[Sequence[TokenRow], int], Iterable[Superposition]] | None = None
+    spans_of: Callable[[TokenRow], list[list[int]]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The model under training as it stands before an optimizer step, for a stage that makes its batches with it.
+
+    Attributes:
+        module: of the stage, in eval mode; its parameters are whole on every process.
+        thinker: how it solves problems.
+        spec: settings.
+        seed: of the experiment.
+        step: optimizer steps made so far.
+    """
+
+    module: nn.Module
+    thinker: Thinker
+    spec: LatentSpec
+    seed: int
+    step: int
+
+    def random(self, row_id: str) -> random.Random:
+        """Return draws for a row that seed and step decide, and not its batch or where training was resumed."""
+        return random.Random(f"{self.seed}/{self.step}/{row_id}")
+
+    def decode(
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        *,
+        max_cot_tokens: int = 512,
+        sampling: Sampling | None = None,
+        batch_size: int = 64,
+    ) -> dict[str, Decoded]:
+        """Decode every prompt; see `generate`.
+
+        Args:
+            prompts: row id -> token ids, each ending with the opening delimiter. For several samples of a row, give
+                ids that add a number.
+            max_cot_tokens: cap of explicit CoT, and of Soft Thinking.
+            sampling: None is greedy; what a row draws is decided as in `random`.
+            batch_size: rows decoded together.
+        """
+        numbers = {self.random(row_id).getrandbits(48): row_id for row_id in prompts}
+        found: dict[str, Decoded] = {}
+        how = self.thinker
+        with Engine(
+            how.lm,
+            self.spec,
+            thinker=how.kind,
+            longest=max(map(len, prompts.values())),
+            batch_size=min(batch_size, len(prompts)),
+            sampling=sampling,
+            max_cot_tokens=max_cot_tokens,
+            thoughts=how.thoughts,
+            mixture=how.mixture,
+        ) as engine:
+            for number, row_id in numbers.items():
+                engine.add(prompts[row_id], number=number)
+            while engine.busy():
+                found |= {numbers[number]: decoded for number, decoded in engine.step(more=False).items()}
+        return found
 
 
 def solve(
@@ -70,7 +135,7 @@ def solve(
         batch_size=batch_size,
         progress=progress,
         thoughts=thinker.thoughts,
-        soft=thinker.soft,
+        mixture=thinker.mixture,
         together=together,
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 
 # Size of one chunk of float32 logits. With fewer than about 100 rows a chunk the products run at half their speed or
@@ -28,6 +29,19 @@ from latent_sft.method.types import Superposition
 # only take memory. An accelerator outruns its memory by more than a CPU does and needs several times the rows.
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_BYTES_ACCELERATOR = 512 * 2**20
+
+
+class StepOutput(NamedTuple):
+    """What the forward pass of a model under training returns for a micro-batch.
+
+    Attributes:
+        loss_sums: name of a term -> its sum, a scalar. The trainer divides it by the sum of `count_<name>` over the
+            micro-batches of the optimizer step, on all processes.
+        observed: name -> (sum, count), scalars without gradient, of what describes the step; quotients are logged.
+    """
+
+    loss_sums: dict[str, Tensor]
+    observed: dict[str, tuple[Tensor, Tensor]]
 
 
 class LinearHead(NamedTuple):
@@ -71,7 +85,7 @@ def weighted_sparse_kl(logits: Tensor, teacher: Superposition, weights: Tensor) 
 
     Args:
         logits: `[M, V]` student logits read one position before each latent.
-        teacher: ids and weights `[M, K]`.
+        teacher: ids and weights `[M, K]`; repeated ids add.
         weights: `[M]`.
 
     Returns:
@@ -80,8 +94,7 @@ def weighted_sparse_kl(logits: Tensor, teacher: Superposition, weights: Tensor) 
     precise = logits.to(_precise(logits.dtype))
     student = precise.gather(-1, teacher.ids) - torch.logsumexp(precise, dim=-1, keepdim=True)
     alpha = teacher.weights.to(precise.dtype)
-    # entr(a) = -a log a with 0 log 0 = 0
-    divergence = -(torch.special.entr(alpha) + alpha * student).sum(-1)
+    divergence = -entropy(Superposition(teacher.ids, alpha)) - (alpha * student).sum(-1)
     return (divergence * weights.to(divergence.dtype)).sum()
 
 

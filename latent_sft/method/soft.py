@@ -30,11 +30,11 @@ class SoftThinking(Thinking):
     """
 
     title = "mixtures of tokens"
-    needs = "soft"
+    needs = "mixture"
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
-        assert soft is not None
-        self.soft, self.kept = soft, min(soft.top_k, self.spec.vocab_size)
+    def _prepare(self, thoughts: Any, mixture: Any) -> None:
+        assert isinstance(mixture, Soft)
+        self.soft, self.kept = mixture, min(mixture.top_k, self.spec.vocab_size)
 
     def num_draws(self, noise: bool) -> int:
         """Return K where the mixtures' own settings ask for noise."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latent_sft.method.superposition import largest, largest_but, perturb, weighted
-from latent_sft.method.types import LatentSpec, Soft, Superposition
+from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
 
 THINK = 0
 
@@ -56,6 +56,7 @@ class Thinking:
         title: what thoughts are called; empty where there are none.
         needs: the argument of `__init__` that it cannot do without.
         written: thoughts are tokens like any others, sampled where answers are.
+        readable: what thoughts stand for is a text, the CoT.
         spec: settings.
         kept: K, the entries of a superposition that is fed or shown.
         most_steps: of thinking, `</think>` not counted.
@@ -69,6 +70,7 @@ class Thinking:
     title: ClassVar[str] = "latent tokens"
     needs: ClassVar[str] = ""
     written: ClassVar[bool] = False
+    readable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Thinking:
         *,
         max_tokens: int = 0,
         thoughts: Any = None,
-        soft: Soft | None = None,
+        mixture: Soft | SpanCode | None = None,
     ) -> None:
         """Set up; of the settings, each kind uses its own.
 
@@ -86,17 +88,17 @@ class Thinking:
             device: of the logits.
             max_tokens: cap of thinking that may go on as long as it likes.
             thoughts: a `models.thoughts.Thoughts`.
-            soft: settings of mixtures.
+            mixture: settings of mixtures of tokens.
         """
         self.spec, self.device = spec, device
         self.kept, self.most_steps, self.at_once = spec.top_k, max_tokens, 0
         self.thoughts: Any = None
-        self._prepare(thoughts, soft)
+        self._prepare(thoughts, mixture)
         self.tokens = torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device)
         self.one = torch.zeros(self.kept, device=device)
         self.one[0] = 1.0
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
         """Take what this kind needs."""
 
     def start(self, phases: list[int]) -> ThinkState:
@@ -130,6 +132,10 @@ class Thinking:
         """Return what the LM head makes of states, `[N, K]`, from its logits `[N, V]`."""
         kept, ids = largest(logits, self.kept)
         return weighted(kept, ids, self.spec.decode_temperature)
+
+    def read(self, latents: Superposition) -> list[list[int]]:
+        """Return the tokens that each of the latents `[n, K]` of a thought stands for: its first."""
+        return latents.ids[:, :1].tolist()
 
     def _plain(
         self, thinking: Tensor, continues: Tensor, state: ThinkState, answers: Tensor
@@ -174,12 +180,16 @@ class LatentThinking(Thinking):
     the latest after `max_latents`.
     """
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
-        self.most_steps = self.spec.max_latents
+    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
+        self.most_steps, self.width = self.spec.max_latents, self.spec.top_k
 
     def num_draws(self, noise: bool) -> int:
-        """Return K where latents have noise."""
-        return self.kept if noise and self.spec.noise_scale > 0 else 0
+        """Return as many as are kept of the logits, where latents have noise."""
+        return self.width if noise and self.spec.noise_scale > 0 else 0
+
+    def fed(self, latent: Superposition) -> Superposition:
+        """Return what is fed back for a latent that was chosen: itself."""
+        return latent
 
     def step(
         self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
@@ -189,9 +199,9 @@ class LatentThinking(Thinking):
         if spec.exclude_end or spec.min_latents > 0:
             # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
             held = True if spec.exclude_end else state.num_steps < spec.min_latents
-            kept, ids, top = largest_but(logits, spec.top_k, end, held)
+            kept, ids, top = largest_but(logits, self.width, end, held)
         else:
-            kept, ids = largest(logits, spec.top_k)
+            kept, ids = largest(logits, self.width)
             top = ids[:, 0]
         latent = weighted(kept, ids, spec.decode_temperature)
         if draws is not None:
@@ -209,7 +219,7 @@ class LatentThinking(Thinking):
         thinking = state.phase == THINK
         continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
         token, after = self._plain(thinking, continues, state, top if answers is None else answers)
-        return self._mixed(continues, latent, token), after
+        return self._mixed(continues, self.fed(latent), token), after
 
 
 class ExplicitThinking(Thinking):
@@ -217,8 +227,9 @@ class ExplicitThinking(Thinking):
 
     title = "reasoning"
     written = True
+    readable = True
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
         self.kept = 1
 
     def step(
@@ -238,7 +249,7 @@ class NoThinking(ExplicitThinking):
 
     title = ""
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
         self.kept, self.most_steps = 1, 0
 
 
@@ -251,7 +262,7 @@ class HiddenStateThinking(Thinking):
     title = "latents, as the LM head reads them"
     needs = "thoughts"
 
-    def _prepare(self, thoughts: Any, soft: Soft | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
         self.thoughts, self.most_steps = thoughts, thoughts.spec.num_latents
         self.at_once = 0 if thoughts.spec.sequential else self.most_steps
 

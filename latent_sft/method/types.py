@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from latent_sft.errors import ConfigError
 
 SPEC_FORMAT = 1
 SPEC_FILE = "latent_spec.json"
+THINKER_FILE = "thinker.json"
 
 
 class Superposition(NamedTuple):
@@ -162,6 +163,7 @@ class ThoughtSpec:
         projection: hidden states pass a small network before they are fed back.
     """
 
+    key: ClassVar[str] = "thoughts"
     num_latents: int
     iterations: int
     projection: bool = False
@@ -195,3 +197,20 @@ class Soft:
     cold_stop_steps: int = 256
     noise_scale: float = 0.0
     noise_temperature: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanCode:
+    """How latents stand for spans of tokens (`method.spans`); stands in `thinker.json` beside the weights.
+
+    Attributes:
+        rho: ratio of the weight of a span's token to that of the token before it.
+        longest: S, tokens of a span at most.
+        snap: what is fed back while thinking: `none` the latent as predicted; `nearest`, `likeliest` or `greedy` the
+            code word found for it (`method.spans.Snapper`).
+    """
+
+    key: ClassVar[str] = "spans"
+    rho: float
+    longest: int
+    snap: str = "nearest"

@@ -23,14 +23,15 @@ from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.data.collate import Batch, LabelOf, TokenRow
 from latent_sft.data.lengths import Lengths, Number
-from latent_sft.inference.solve import Thinker
+from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.memory import Backbone, Weights, one_model
-from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
-from latent_sft.models.load import load_lm, merged, save_lm, save_thinker
+from latent_sft.method.types import LatentSpec, SpanCode, Superposition, ThoughtSpec
+from latent_sft.models.load import load_lm, merged, read_thinker, save_lm, save_thinker
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
-from latent_sft.runs import read_json
 
 Collate = Callable[[list[dict[str, Any]]], Batch]
+# (batch, which has `row_ids` besides, model under training) -> the batch to train on
+Prepare = Callable[[dict[str, Any], Policy], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +123,10 @@ def cross_entropy_alone(setup: Setup) -> dict[str, float]:
     return {"ce": setup.train.ce_weight}
 
 
-def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str) -> None:
+def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str, settings: SpanCode | None = None) -> None:
     """Write a language model with its tokenizer, and how it thinks."""
     save_lm(merged(model.lm), folder, setup.tokenizer)
-    save_thinker(folder, setup.spec, thinker)
+    save_thinker(folder, setup.spec, thinker, settings)
 
 
 def single_model(backbone: Backbone, setup: Setup) -> Weights:
@@ -142,14 +143,17 @@ class Stage:
         section: dotted place of its TrainConfig in the configuration.
         meaning: one line for `plan`.
         thinker: module -> how validation problems are solved.
-        model: setup -> module whose forward returns loss sums, ready to train.
+        model: setup -> module whose forward returns a `StepOutput`, ready to train.
         batch: setup -> rows to batch.
         lengths: training set, setup -> padded lengths, for batches of a number of tokens.
         save: module, setup, folder -> writes the final folder.
-        terms: setup -> weight of each loss term, in the order of the batch's `counts`.
+        terms: setup -> weight of each loss term; the batch has its `count_<term>`. A model may leave out those of 0.
         source: settings -> the stage whose final model it starts from; None is the base model.
         identity: settings, `latent` section -> what decides the result beside data, model and training settings.
         reads: the latents it is trained on.
+        prepare: setup -> what makes a batch with the model under training: called for every micro-batch of a step,
+            before the first forward pass, without gradients. What it draws should come from `Policy.random`, so that
+            cutting a step and resuming change nothing. None trains on the batch as it is.
         callbacks: module, setup -> what listens to the training loop.
         curriculum: setup -> what is shown when; None shows every row as it is.
         parameters: sizes of the base model, setup -> parameters it holds, for `plan`.
@@ -168,6 +172,7 @@ class Stage:
     source: Callable[[Any], str | None] = _from_base
     identity: Callable[[Any, LatentConfig], dict[str, Any]] = _nothing
     reads: Store | None = None
+    prepare: Callable[[Setup], Prepare | None] = lambda setup: None
     callbacks: Callable[[Any, Setup], list[TrainerCallback]] = lambda model, setup: []
     curriculum: Callable[[Setup], Curriculum | None] = lambda setup: None
     parameters: Callable[[Backbone, Setup], Weights] = single_model
@@ -178,13 +183,10 @@ def load_saved(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any
     """Load the model of a `final` or exported folder; it thinks as `thinker.json` says, else in latent tokens."""
     lm = load_lm(folder, model)
     lm.to(device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses its types
-    how: dict[str, Any] = (
-        read_json(folder / "thinker.json") if (folder / "thinker.json").exists() else {"thinker": "latent"}
-    )
-    if "thoughts" not in how:
-        return Thinker(how["thinker"], lm)
-    shape = ThoughtSpec(**how["thoughts"])
-    return Thinker(how["thinker"], lm, load_thoughts(folder / THOUGHTS_FILE, shape, device))
+    kind, how = read_thinker(folder)
+    if isinstance(how, ThoughtSpec):
+        return Thinker(kind, lm, load_thoughts(folder / THOUGHTS_FILE, how, device))
+    return Thinker(kind, lm, mixture=how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Lengths, Number, count_tokens
 from latent_sft.method import layout
 from latent_sft.method.layout import Kind
+from latent_sft.method.losses import StepOutput
 from latent_sft.method.types import LatentSpec, ThoughtSpec
 from latent_sft.methods.base import Collate, Curriculum, Method, Model, Setup, Stage
 from latent_sft.methods.common import (
@@ -103,8 +104,8 @@ class CoconutModel(nn.Module):
         self.lm, self.thoughts, self.spec = lm, thoughts, spec
         use_thoughts(lm)
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return `ce_total`, the weighted sum over a batch of `coconut_batch`."""
+    def forward(self, **batch: Tensor) -> StepOutput:
+        """Return `ce`, the weighted sum over a batch of `coconut_batch`."""
         return self.losses(batch, *self.think(batch))
 
     def think(self, batch: dict[str, Tensor]) -> tuple[Prompt, Thought]:
@@ -113,13 +114,13 @@ class CoconutModel(nn.Module):
         prompt = read(self.lm, batch["prompt_ids"], batch["prompt_length"])
         return prompt, think_in_turn(self.lm, self.thoughts, prompt, batch["thought_mask"])
 
-    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> dict[str, Tensor]:
+    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> StepOutput:
         """Return the sums of `forward` after what `think` gave."""
         result = read_on(
             self.lm, batch["tail_ids"], batch["tail_length"], thought.position, (prompt.piece, *thought.pieces)
         )
         hidden = labelled(thought.last, result, batch["target_index"])
-        return {"ce_total": ce_total(self.lm, hidden, batch["targets"], batch["target_weights"])}
+        return StepOutput({"ce": ce_total(self.lm, hidden, batch["targets"], batch["target_weights"])}, {})
 
 
 def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutConfig, *, loss_reduction: str) -> Batch:
@@ -136,7 +137,7 @@ def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutCon
     Returns:
         `prompt_ids` `[B, P]`, `tail_ids` `[B, S]`, each with `_length` `[B]`; `thought_mask` `[B, N]`, the latents of
         each row out of the N passes that are made (as many in every batch of a stage, on every process); targets;
-        `kind` `[B, P + N + S]`; `counts` `[1]`.
+        `kind` `[B, P + N + S]`; `count_ce`.
 
     Raises:
         DataError: a stage above 0 and a row that does not say where its steps end.
@@ -162,7 +163,7 @@ def coconut_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: CoconutCon
         **batch,
         **targets_of("", laid, starts, batch["tail_ids"].shape[1]),
         "kind": torch.cat([kind_of(batch, "prompt"), mask * int(Kind.LATENT), kind_of(batch, "tail")], dim=1),
-        "counts": torch.tensor([count], dtype=torch.float32),
+        "count_ce": torch.tensor(float(count)),
     }
 
 

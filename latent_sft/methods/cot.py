@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from latent_sft.config.training import TrainConfig
-from latent_sft.data.collate import Batch, TokenRow, counts_of, padded, targets_of
+from latent_sft.data.collate import Batch, TokenRow, count_of, padded, targets_of
 from latent_sft.data.lengths import Lengths, count_tokens, single
 from latent_sft.inference.solve import Thinker
 from latent_sft.method import layout
+from latent_sft.method.losses import StepOutput
 from latent_sft.method.types import LatentSpec
 from latent_sft.methods.base import Collate, Method, Model, Setup, Stage, save_plain
 from latent_sft.models.backbone import embed, hidden_states
@@ -27,11 +28,11 @@ class ExplicitModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return `ce_total`, the weighted sum over labelled positions."""
+    def forward(self, **batch: Tensor) -> StepOutput:
+        """Return `ce`, the weighted sum over labelled positions."""
         hidden = hidden_states(self.lm, embed(self.lm, batch["ids"])).flatten(0, 1)
         labelled = hidden[batch["target_index"]]
-        return {"ce_total": ce_total(self.lm, labelled, batch["targets"], batch["target_weights"])}
+        return StepOutput({"ce": ce_total(self.lm, labelled, batch["targets"], batch["target_weights"])}, {})
 
 
 def explicit_batch(
@@ -45,7 +46,7 @@ def explicit_batch(
         for r in rows
     ]
     filled, place = padded(laid, spec.pad_id)
-    return {**filled, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, 0)}
+    return {**filled, **targets_of(laid, place), "count_ce": count_of(laid, loss_reduction)}
 
 
 def explicit_lengths(data: Any, spec: LatentSpec, *, with_cot: bool) -> Lengths:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig, need
-from latent_sft.data.collate import Batch, LabelOf, TokenRow, counts_of, padded, stacked, targets_of, two_track
+from latent_sft.data.collate import Batch, LabelOf, TokenRow, count_of, padded, stacked, targets_of, two_track
 from latent_sft.data.lengths import Lengths, count_tokens, single
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.solve import Thinker
@@ -97,11 +97,11 @@ def stage1_batch(
         for r, s in zip(rows, segments, strict=True)
     ]
     tracks, place = two_track(laid, spec.pad_id)
-    batch = {**tracks, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, 0)}
+    batch = {**tracks, **targets_of(laid, place), "count_ce": count_of(laid, loss_reduction)}
     if label_of is None:
         return {**batch, **_encoder_part(rows, segments, spec)}
     labels = [label_of(r["id"], r["hash"]) for r in rows]
-    latent_ids, latent_weights = stacked(labels, spec.top_k)
+    latent_ids, latent_weights = stacked(labels)
     mask = torch.tensor([[i < len(s) for i in range(latent_ids.shape[1])] for s in segments])
     return {**batch, "latent_ids": latent_ids, "latent_weights": latent_weights, "latent_mask": mask}
 
@@ -132,8 +132,8 @@ def stage2_batch(
         for r, s in zip(rows, labels, strict=True)
     ]
     filled, place = padded(laid, spec.pad_id)
-    batch = {**filled, **targets_of(laid, place), "counts": counts_of(laid, loss_reduction, len(rows))}
-    latent_ids, latent_weights = stacked(labels, spec.top_k)
+    batch = {**filled, **targets_of(laid, place), "count_ce": count_of(laid, loss_reduction)}
+    latent_ids, latent_weights = stacked(labels)
     length, width = batch["ids"].shape[1], latent_ids.shape[1]
     kl_index: list[int] = []
     kl_latent: list[int] = []
@@ -151,6 +151,7 @@ def stage2_batch(
         "kl_index": torch.tensor(kl_index),
         "kl_latent": torch.tensor(kl_latent),
         "kl_weights": torch.tensor(kl_weights),
+        "count_kl": torch.tensor(float(len(rows))),
     }
 
 

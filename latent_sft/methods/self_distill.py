@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_sft.config.training import TrainConfig, need
-from latent_sft.data.collate import Batch, TokenRow
+from latent_sft.data.collate import Batch, TokenRow, count_of
 from latent_sft.data.lengths import Lengths, count_tokens
 from latent_sft.memory import Backbone, Weights, one_model
 from latent_sft.method import layout
@@ -35,6 +35,7 @@ from latent_sft.method.kv_distill import (
     take,
 )
 from latent_sft.method.layout import Kind
+from latent_sft.method.losses import StepOutput
 from latent_sft.method.types import LatentSpec, ThoughtSpec
 from latent_sft.methods.base import Collate, Method, Model, Setup, Stage
 from latent_sft.methods.common import (
@@ -168,14 +169,13 @@ class SelfDistillModel(nn.Module):
         self.spec, self.settings = spec, settings
         use_thoughts(lm)
 
-    def forward(self, **batch: Tensor) -> dict[str, Any]:
+    def forward(self, **batch: Tensor) -> StepOutput:
         """Return the sums of the terms over a batch of `distill_batch`.
 
         Returns:
-            `ce_total`, and where their weights are not 0 `teacher_ce_total`, `hidden_total` and `kv_total`; `observed`:
-            name -> (sum, count) of what describes the loss on keys and values: `kv_short` share of rows with fewer
-            trace tokens than latents, `kv_kept` share of a trace that is kept, `kv_cosine` of student's and kept
-            teacher's keys.
+            `ce`, and where their weights are not 0 `teacher_ce`, `hidden` and `kv`. Observed is what describes the loss
+            on keys and values: `kv_short` share of rows with fewer trace tokens than latents, `kv_kept` share of a
+            trace that is kept, `kv_cosine` of student's and kept teacher's keys.
 
         Raises:
             ConfigError: the family's attention cannot be used this way.
@@ -194,7 +194,7 @@ class SelfDistillModel(nn.Module):
             return prompt, think_in_turn(self.lm, self.thoughts, prompt, every)
         return prompt, think_at_once(self.lm, self.thoughts, prompt)
 
-    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> dict[str, Any]:
+    def losses(self, batch: dict[str, Tensor], prompt: Prompt, thought: Thought) -> StepOutput:
         """Return the sums of `forward` after what `think` gave."""
         use, kv = self.settings, self.settings.kv
         student = read_on(
@@ -205,9 +205,10 @@ class SelfDistillModel(nn.Module):
             (prompt.piece, *thought.pieces),
             layers=use.hidden_weight > 0,
         )
-        out: dict[str, Any] = {"ce_total": self._ce(thought.last, student, batch, ""), "observed": {}}
+        sums = {"ce": self._ce(thought.last, student, batch, "")}
+        observed: Observed = {}
         if not (use.teacher_weight or use.hidden_weight or kv.weight):
-            return out
+            return StepOutput(sums, observed)
         # targets have no gradient, so that a teacher that is not trained itself needs no graph
         with torch.set_grad_enabled(torch.is_grad_enabled() and use.teacher_weight > 0):
             teacher = read_on(
@@ -220,13 +221,13 @@ class SelfDistillModel(nn.Module):
                 watch=self._watch(batch) if kv.weight else None,
             )
         if use.teacher_weight:
-            out["teacher_ce_total"] = self._ce(prompt.last, teacher, batch, "teacher_")
+            sums["teacher_ce"] = self._ce(prompt.last, teacher, batch, "teacher_")
         if use.hidden_weight:
-            out["hidden_total"] = self._hidden(student, teacher, batch).sum()
+            sums["hidden"] = self._hidden(student, teacher, batch).sum()
         if kv.weight:
-            distances, out["observed"] = self._kv(thought, teacher, batch)
-            out["kv_total"] = distances.sum()
-        return out
+            distances, observed = self._kv(thought, teacher, batch)
+            sums["kv"] = distances.sum()
+        return StepOutput(sums, observed)
 
     def _ce(self, last: Tensor, result: Result, batch: dict[str, Tensor], of: str) -> Tensor:
         hidden = labelled(last, result, batch[f"{of}target_index"])
@@ -335,9 +336,8 @@ def distill_batch(
     Returns:
         `prompt_ids` `[B, P]`, `tail_ids` `[B, S]` (E, A), `teacher_ids` `[B, T]` (C', E, A), each with `_length`
         `[B]`; `trace_length` `[B]` (of C'), `answer_length` `[B]`, `row_seed` `[B]`; targets of the student, and of
-        the teacher with `teacher_`; `kind` `[B, P + M + S + T]`; `counts` `[4]`: denominators of the student's
-        cross-entropy, the teacher's, the distance of hidden states (rows), and that of keys and values (rows with
-        anything to compare).
+        the teacher with `teacher_`; `kind` `[B, P + M + S + T]`; `count_ce`, `count_teacher_ce`,
+        `count_hidden` (rows) and `count_kv` (rows with anything to compare).
 
     Raises:
         DataError: steps have to be told apart and a row does not say where they end.
@@ -361,12 +361,6 @@ def distill_batch(
         "row_seed": torch.tensor([zlib.crc32(f"{r['hash']} {r['id']}".encode()) for r in rows]),
     }
     compared = [bool(trace) or kv.span == "delimiter" or kv.short == "zero" for trace in traces]
-    counts = [
-        sum(layout.loss_count(row, loss_reduction) for row in students),
-        sum(layout.loss_count(row, loss_reduction) for row in teachers),
-        len(rows),
-        sum(compared),
-    ]
     latents = torch.full((len(rows), thought_spec.num_latents), int(Kind.LATENT))
     kinds = {part: kind_of(batch, part) for part in ("prompt", "tail", "teacher")}
     return {
@@ -374,7 +368,10 @@ def distill_batch(
         **targets_of("", students, starts, batch["tail_ids"].shape[1]),
         **targets_of("teacher_", teachers, starts, batch["teacher_ids"].shape[1]),
         "kind": torch.cat([kinds["prompt"], latents, kinds["tail"], kinds["teacher"]], dim=1),
-        "counts": torch.tensor(counts, dtype=torch.float32),
+        "count_ce": count_of(students, loss_reduction),
+        "count_teacher_ce": count_of(teachers, loss_reduction),
+        "count_hidden": torch.tensor(float(len(rows))),
+        "count_kv": torch.tensor(float(sum(compared))),
     }
 
 

@@ -34,6 +34,7 @@ from latent_sft.data.lengths import Lengths, count_tokens
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.memory import Backbone, Weights, one_model
 from latent_sft.method.layout import Kind
+from latent_sft.method.losses import StepOutput
 from latent_sft.methods import coconut, self_distill
 from latent_sft.methods.base import Collate, Method, Model, Setup, Stage
 from latent_sft.methods.coconut import CoconutConfig, CoconutModel
@@ -82,13 +83,11 @@ class SimCotModel(nn.Module):
         student: thinks, and has losses of its own.
         decoder: causal LM of the same width and vocabulary.
         per_slot: latents of a slot; 0 is one of M + 1, the last of which follows the last latent.
-        slots: that a row can have.
     """
 
-    def __init__(self, student: SelfDistillModel | CoconutModel, decoder: nn.Module, per_slot: int, slots: int) -> None:
+    def __init__(self, student: SelfDistillModel | CoconutModel, decoder: nn.Module, per_slot: int) -> None:
         super().__init__()
-        self.student, self.decoder = student, decoder
-        self.per_slot, self.slots = per_slot, slots
+        self.student, self.decoder, self.per_slot = student, decoder, per_slot
 
     @property
     def lm(self) -> nn.Module:
@@ -100,10 +99,10 @@ class SimCotModel(nn.Module):
         """What is between its thoughts."""
         return self.student.thoughts
 
-    def forward(self, **batch: Tensor) -> dict[str, Any]:
-        """Return the sums of the student, and `step_total`, over a batch of `with_steps`.
+    def forward(self, **batch: Tensor) -> StepOutput:
+        """Return the sums of the student, and `step`, over a batch of `with_steps`.
 
-        `counts` are those of the global batch: the student's terms, labels of the decoder, n_k of each slot.
+        `count_step` and `count_slots` are those of the global batch: labels of the decoder, n_k of each slot.
         """
         prompt, thought = self.student.think(batch)
         out = self.student.losses(batch, prompt, thought)
@@ -119,10 +118,11 @@ class SimCotModel(nn.Module):
         hidden = hidden_states(self.decoder, read.to(unwrap_peft(self.decoder).dtype), position.expand(len(read), -1))
         labelled = hidden[:, width - 1 :].flatten(0, 1)[batch["step_index"]]
         # the Trainer divides by all labels what has to be divided slot by slot
-        sizes = batch["counts"][-self.slots :]
-        share = batch["counts"][-self.slots - 1] / sizes.clamp(min=1) / (sizes > 0).sum().clamp(min=1)
+        sizes = batch["count_slots"]
+        share = batch["count_step"] / sizes.clamp(min=1) / (sizes > 0).sum().clamp(min=1)
         weights = share[batch["step_slot"]][batch["step_index"] // batch["step_ids"].shape[1]]
-        return {**out, "step_total": ce_total(self.decoder, labelled, batch["step_targets"], weights)}
+        steps = ce_total(self.decoder, labelled, batch["step_targets"], weights)
+        return StepOutput({**out.loss_sums, "step": steps}, out.observed)
 
 
 def with_steps(rows: Sequence[TokenRow], collate: Collate, base: SelfDistillConfig | CoconutConfig, eos: int) -> Batch:
@@ -137,7 +137,7 @@ def with_steps(rows: Sequence[TokenRow], collate: Collate, base: SelfDistillConf
     Returns:
         The student's batch, and `step_ids` `[R, S]` (steps with their end, padded), of `step_row` and `step_slot`
         `[R]`; `step_index` of the labels in `[R, S]`, `step_targets`; `kind` gets the decoder's columns behind the
-        student's, and `counts` the number of labels and n_k of each slot.
+        student's; `count_step`, the number of labels, and `count_slots`, n_k of each slot.
 
     Raises:
         DataError: a row does not say where its steps end.
@@ -163,7 +163,8 @@ def with_steps(rows: Sequence[TokenRow], collate: Collate, base: SelfDistillConf
         "step_index": step_index,
         "step_targets": step_ids.flatten()[step_index],
         "kind": torch.cat([batch["kind"], decoder], dim=1),
-        "counts": torch.cat([batch["counts"], torch.tensor([float(len(labels))]), sizes]),
+        "count_step": torch.tensor(float(len(labels))),
+        "count_slots": sizes,
     }
 
 
@@ -235,7 +236,7 @@ def _on(student: Stage, key: str, meaning: str) -> Stage:
         if settings.decoder == "lora":
             decoder = trainable(decoder, setup.model.lora)
         thinking: Any = student.model(inner(setup))
-        return SimCotModel(thinking, decoder, _per_slot(base), slots_of(base))
+        return SimCotModel(thinking, decoder, _per_slot(base))
 
     def batch(setup: Setup) -> Collate:
         collate, base = student.batch(inner(setup)), getattr(setup.settings, key)

@@ -54,7 +54,7 @@ def _load(folder: Path, model: ModelConfig, spec: LatentSpec, settings: Any, dev
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k != "enabled"}
     lm = load_lm(folder, model)
     lm.to(device)  # type: ignore[arg-type]  # transformers wraps it in a decorator that loses its types
-    return Thinker("soft", lm, soft=Soft(**values))
+    return Thinker("soft", lm, mixture=Soft(**values))
 
 
 def _check(settings: SoftThinkingConfig, model: ModelConfig, stages: Sequence[str]) -> None:

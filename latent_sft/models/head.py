@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from latent_sft.errors import ConfigError
 from latent_sft.method.losses import LinearHead, chunk_rows, linear_nll, mapped_nll
+from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import embed, hidden_states, unwrap_peft
 from latent_sft.models.logits import head, head_scalars
@@ -41,8 +42,8 @@ def kl_total(model: nn.Module, hidden: Tensor, teacher: Superposition, weights: 
         weights: `[M]`.
     """
     nll = head_nll(model, hidden, teacher.ids, teacher.weights, weights)
-    entropy = torch.special.entr(teacher.weights.to(nll.dtype)).sum(-1)
-    return nll - (entropy * weights.to(nll.dtype)).sum()
+    nats = entropy(Superposition(teacher.ids, teacher.weights.to(nll.dtype)))
+    return nll - (nats * weights.to(nll.dtype)).sum()
 
 
 def head_nll(model: nn.Module, hidden: Tensor, ids: Tensor, alpha: Tensor, weights: Tensor) -> Tensor:

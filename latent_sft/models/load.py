@@ -24,7 +24,7 @@ from transformers import (
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.method.types import SPEC_FILE, LatentSpec, ThoughtSpec
+from latent_sft.method.types import SPEC_FILE, THINKER_FILE, LatentSpec, SpanCode, ThoughtSpec
 from latent_sft.models.backbone import embed, input_table, unwrap_peft
 from latent_sft.models.head import check_head
 from latent_sft.models.sharding import gathered_parameters
@@ -282,11 +282,26 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
         ) from error
 
 
-def save_thinker(folder: Path, spec: LatentSpec, thinker: str, thoughts: ThoughtSpec | None = None) -> None:
-    """Write the spec beside a model, and how it thinks; `continuous` comes with M and T."""
+def save_thinker(folder: Path, spec: LatentSpec, thinker: str, settings: ThoughtSpec | SpanCode | None = None) -> None:
+    """Write the spec beside a model, and how it thinks, with the settings of that."""
     write_json(folder / SPEC_FILE, spec.to_dict())
-    how = {} if thoughts is None else {"thoughts": dataclasses.asdict(thoughts)}
-    write_json(folder / "thinker.json", {"thinker": thinker, **how})
+    how = {} if settings is None else {settings.key: dataclasses.asdict(settings)}
+    write_json(folder / THINKER_FILE, {"thinker": thinker, **how})
+
+
+def read_thinker(folder: Path) -> tuple[str, ThoughtSpec | SpanCode | None]:
+    """Return how the model of a folder thinks, in latent tokens where it does not say, and the settings of that.
+
+    Raises:
+        ArtefactError: `thinker.json` is damaged.
+    """
+    path = folder / THINKER_FILE
+    how: dict[str, Any] = read_json(path) if path.exists() else {"thinker": "latent"}
+    try:
+        found = [kind(**how[kind.key]) for kind in (ThoughtSpec, SpanCode) if kind.key in how]
+        return how["thinker"], found[0] if found else None
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{path}: unusable ({error}); train that stage again.") from error
 
 
 def initial_marker(lm: nn.Module, spec: LatentSpec) -> Tensor:

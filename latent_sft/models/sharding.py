@@ -1,8 +1,8 @@
 """Parameters that DeepSpeed ZeRO-3 has shared out among the processes: reading them, and calling their modules.
 
 A partitioned parameter is empty except while its module is called (DeepSpeed fills it by hooks around the call) or
-inside `gathered_parameters`. Both are collectives: every process must come by, in the same order. Without ZeRO-3 all
-of this does nothing, and DeepSpeed is not imported.
+inside `gathered_parameters` or `held_parameters`. These are collectives: every process must come by, in the same
+order. Without ZeRO-3 all of this does nothing, and DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+_HOLDER = -1  # stands for a module in DeepSpeed's account of those that use a parameter
+
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether ZeRO-3 has taken over any of these parameters."""
@@ -22,7 +24,7 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
 @contextmanager
 def gathered_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Fill partitioned parameters on every process while the context lasts, for reading."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    partitioned = [p for p in parameters if _HOLDER not in getattr(p, "ds_active_sub_modules", (_HOLDER,))]
     if not partitioned:
         yield
         return
@@ -30,6 +32,23 @@ def gathered_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(partitioned):
         yield
+
+
+@contextmanager
+def held_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Fill partitioned parameters as above and let calls of their modules leave them so.
+
+    Such calls are no collectives: every process may make as many as it likes.
+    """
+    partitioned: list[Any] = [p for p in parameters if hasattr(p, "ds_id")]
+    with gathered_parameters(partitioned):
+        for parameter in partitioned:
+            parameter.ds_active_sub_modules.add(_HOLDER)  # DeepSpeed empties none that a module is using
+        try:
+            yield
+        finally:
+            for parameter in partitioned:
+                parameter.ds_active_sub_modules.discard(_HOLDER)
 
 
 @contextmanager

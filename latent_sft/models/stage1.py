@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from latent_sft.data.collate import Batch
 from latent_sft.method.layout import Kind
+from latent_sft.method.losses import StepOutput
 from latent_sft.method.projection import superpose_states
-from latent_sft.method.superposition import with_noise
+from latent_sft.method.superposition import entropy, with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.attention import decoder_states, encoder_states, use_backend
 from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
@@ -80,12 +81,8 @@ class Stage1Model(nn.Module):
         assert ids is not None
         return Superposition(ids, weights)
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return the sum of the weighted cross-entropy and what describes the latents.
-
-        Returns:
-            `ce_total` scalar; `latent_weights`, `latent_ids` `[B, N, K]` detached, for the logs.
-        """
+    def forward(self, **batch: Tensor) -> StepOutput:
+        """Return `ce`, the weighted sum; observed are the latents: entropy, and share with `</think>` as top-1."""
         if "latent_ids" in batch:  # those of a frozen encoder, computed once
             latent = Superposition(batch["latent_ids"], batch["latent_weights"])
         else:
@@ -99,4 +96,9 @@ class Stage1Model(nn.Module):
         hidden = decoder_states(self.decoder, self.decoder_attention, embeds, batch)
         labelled = hidden.flatten(0, 1)[batch["target_index"]]
         ce = ce_total(self.decoder, labelled, batch["targets"], batch["target_weights"])
-        return {"ce_total": ce, "latent_ids": latent.ids.detach(), "latent_weights": latent.weights.detach()}
+        real = batch["latent_mask"]
+        told = {
+            "latent_entropy": entropy(Superposition(latent.ids, latent.weights.detach())),
+            "end_token_rate": latent.ids[..., 0] == self.spec.end_think_ids[0],
+        }
+        return StepOutput({"ce": ce}, {name: ((value * real).sum(), real.sum()) for name, value in told.items()})

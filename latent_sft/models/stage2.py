@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from latent_sft.method.layout import Kind
+from latent_sft.method.losses import StepOutput
 from latent_sft.method.superposition import with_noise
-from latent_sft.method.types import LatentSpec, Superposition
+from latent_sft.method.types import LatentSpec, SpanCode, Superposition
 from latent_sft.models.backbone import embed, hidden_states, mix_latents
 from latent_sft.models.head import ce_total, kl_total
 
@@ -19,9 +20,10 @@ class Stage2Model(nn.Module):
         super().__init__()
         self.lm = lm
         self.spec = spec
+        self.code: SpanCode | None = None  # where labels are code words of spans: how such latents are read
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Return `ce_total` and `kl_total`, weighted sums; see `latent_sft.data.collate.stage2_batch`."""
+    def forward(self, **batch: Tensor) -> StepOutput:
+        """Return `ce` and `kl`, weighted sums; see `latent_sft.methods.latent_sft.stage2_batch`."""
         latent = Superposition(batch["latent_ids"], batch["latent_weights"])
         latent = with_noise(latent, self.spec, self.spec.noise_scale if self.training else 0.0)
         embeds = embed(self.lm, batch["ids"])
@@ -32,4 +34,4 @@ class Stage2Model(nn.Module):
         ce = ce_total(self.lm, hidden[batch["target_index"]], batch["targets"], batch["target_weights"])
         teacher = Superposition(*(part.flatten(0, 1)[batch["kl_latent"]] for part in latent))
         kl = kl_total(self.lm, hidden[batch["kl_index"]], teacher, batch["kl_weights"])
-        return {"ce_total": ce, "kl_total": kl}
+        return StepOutput({"ce": ce, "kl": kl}, {})

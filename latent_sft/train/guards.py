@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,26 @@ def check_rows(num_rows: int, train: TrainConfig, section: str, num_processes: i
             f"{section}: {num_rows} training rows, but one optimizer step takes {per_step} ({section}.micro_batch_size="
             f"{train.micro_batch_size} x {made}). {how}, or give more "
             "rows (data.train, data.limit_train)."
+        )
+
+
+def check_terms(returned: Collection[str], weights: Mapping[str, float], counts: Collection[str]) -> None:
+    """Refuse loss terms that do not go together by their names.
+
+    Args:
+        returned: by the model.
+        weights: of the terms of the stage; those of weight 0 may be left out.
+        counts: `count_<term>` of the batch.
+
+    Raises:
+        TrainingError: with the names of all three.
+    """
+    needed = {name for name, weight in weights.items() if weight}
+    if not needed <= {*returned} <= weights.keys() or not {f"count_{name}" for name in returned} <= {*counts}:
+        raise TrainingError(
+            f"the model returned the loss terms {sorted(returned)} and the batch has {sorted(counts)}; expected the "
+            f"names of `Stage.terms`, {sorted(weights)} (all whose weight is not 0), and a count_<term> of each. Name "
+            "them alike in the model, the batch and the stage."
         )
 
 

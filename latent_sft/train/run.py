@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from latent_sft.config.experiment import Config
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
-from latent_sft.inference.solve import as_rows
+from latent_sft.inference.solve import Policy, as_rows
 from latent_sft.methods import STAGES
 from latent_sft.methods.base import Setup, Stage
 from latent_sft.models.backbone import unwrap_peft
@@ -103,8 +103,12 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     if checkpoint:
         check_length(step, state_of(checkpoint), total, stage.section)
     train_rows = work.data["train"] if sampler.number is None else Phased(work.data["train"])
-    collate = stage.batch(setup)
-    collate = partial(with_ids, collate=collate)
+    collate, prepare = partial(with_ids, collate=stage.batch(setup)), stage.prepare(setup)
+
+    def prepared(batch: dict[str, Any], module: torch.nn.Module, at: int) -> dict[str, Any]:
+        policy = Policy(module=module, thinker=stage.thinker(module), spec=work.spec, seed=config.seed, step=at)
+        return prepare(batch, policy) if prepare else batch
+
     if processes().is_main_process:
         step.begin(config.seed, history)
     metrics = MetricsFile(step.directory, _seconds_before(checkpoint))
@@ -121,9 +125,9 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         data_collator=collate,
         callbacks=callbacks,
         weights=stage.terms(setup),
-        end_id=work.spec.end_think_ids[0],
         evaluate_with=lambda module: validation_metrics(module, stage, work, rows),
         sampler=sampler,
+        prepare=prepared if prepare else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -19,11 +19,11 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.errors import TrainingError
-from latent_sft.method.superposition import entropy
-from latent_sft.method.types import Superposition
+from latent_sft.method.losses import StepOutput
+from latent_sft.models.sharding import held_parameters
 from latent_sft.train.callbacks import EpochOrder
 from latent_sft.train.flops import device_peak, step_flops
-from latent_sft.train.guards import stop_unless_finite
+from latent_sft.train.guards import check_terms, stop_unless_finite
 from latent_sft.train.interruption import ResumableTrainer
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
 from latent_sft.train.zero import limit_waiting, trained_parameters
@@ -34,35 +34,33 @@ log = logging.getLogger(__name__)
 
 
 class LatentTrainer(ResumableTrainer):
-    """Trainer for modules that return sums of loss terms, as `<name>_total`.
+    """Trainer for modules that return a `StepOutput`.
 
-        loss = sum over terms of weight * total / count
+        loss = sum over terms of weight * sum / count
 
     Sums and counts run over the global batch: all processes and all accumulated micro-batches. So batch shape, padding
-    and world size do not change the loss. The module is given these counts, which may go on after those of the terms.
-    It may leave terms out, and return what describes them as `observed`: name -> (sum, count), whose quotients are
-    logged.
+    and world size do not change the loss. The module is given these counts, in place of the `count_*` of its batch.
 
     Args:
-        weights: name -> weight of the terms, in the order of the batch's `counts`.
-        end_id: first token of `</think>`, for the collapse diagnostics.
+        weights: name -> weight of the terms; the module may leave out those of weight 0.
         evaluate_with: model -> metrics on validation (answers decoded), without prefix.
         sampler: order of the training set.
+        prepare: batch, model, optimizer steps made -> the batch to train on; None takes it as it is.
     """
 
     def __init__(
         self,
         *args: Any,
         weights: dict[str, float],
-        end_id: int,
         evaluate_with: Callable[[torch.nn.Module], Metrics],
         sampler: LengthBucketSampler | TokenBatchSampler,
+        prepare: Callable[[dict[str, Any], torch.nn.Module, int], dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided by the global counts
-        self.weights, self.end_id = weights, end_id
-        self.evaluate_with, self.sampler = evaluate_with, sampler
+        self.weights = weights
+        self.evaluate_with, self.sampler, self.prepare = evaluate_with, sampler, prepare
         self.add_callback(EpochOrder(sampler))
         self.peak = device_peak()
         self._losses: list[Tensor] = []  # of this step's micro-batches, and the ids of their rows
@@ -70,34 +68,41 @@ class LatentTrainer(ResumableTrainer):
         self._sums: dict[str, Tensor] = {}
         self._since, self._logged_step, self._warned = time.monotonic(), 0, False
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Return the denominators of the terms over the global batch."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Return the `count_*` of the global batch, once all of it is prepared."""
+        if self.prepare is not None:
+            batch_samples[:] = self._prepared(batch_samples)
         self._losses, self._ids = [], [batch.pop("row_ids") for batch in batch_samples]
         if not batch_samples:
             return None
-        counts = torch.stack([batch["counts"] for batch in batch_samples]).sum(0).to(device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        return counts
+        names = [name for name in batch_samples[0] if name.startswith("count_")]
+        counts = {name: torch.stack([batch[name] for batch in batch_samples]).sum(0).to(device) for name in names}
+        return self.accelerator.reduce(counts, "sum")
+
+    def _prepared(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        assert self.prepare is not None
+        module = self.accelerator.unwrap_model(self.model)
+        module.eval()
+        with torch.no_grad(), held_parameters(module.parameters()):
+            made = [self.prepare(self._prepare_inputs(b), module, self.state.global_step) for b in batches]
+        module.train()
+        # decoding leaves tensors that autograd refuses to save
+        return [{k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in b.items()} for b in made]
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Return this micro-batch's share of the global loss (times world size, since gradients are averaged)."""
-        counts = inputs["counts"] if num_items_in_batch is None else num_items_in_batch
-        out = model(**{**inputs, "counts": counts})  # a term may weigh its parts by what there is of each
+        counts: dict[str, Tensor] = num_items_in_batch
+        out = model(**{**inputs, **counts})  # a term may weigh its parts by what there is of each
+        check_terms(out.loss_sums, self.weights, counts)
         # a global batch may have nothing that a term is about; its sum is 0 then
-        parts = {
-            f"loss_{name}": out[f"{name}_total"] / counts[i].clamp(min=1)
-            for i, name in enumerate(self.weights)
-            if f"{name}_total" in out
-        }
-        terms = [self.weights[name.removeprefix("loss_")] * part for name, part in parts.items()]
-        loss = functools.reduce(operator.add, terms)
+        parts = {name: out.loss_sums[name] / counts[f"count_{name}"].clamp(min=1) for name in out.loss_sums}
+        loss = functools.reduce(operator.add, [self.weights[name] * part for name, part in parts.items()])
         self._observe(inputs, out, parts)
         self._losses.append(loss.detach())
         loss = loss * self.args.world_size
@@ -123,25 +128,19 @@ class LatentTrainer(ResumableTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _observe(self, inputs: dict[str, Tensor], out: dict[str, Any], parts: dict[str, Tensor]) -> None:
+    def _observe(self, inputs: dict[str, Tensor], out: StepOutput, parts: dict[str, Tensor]) -> None:
         # sums stay tensors: reading them here would stop the device at every step
         real = (inputs["kind"] > 0).sum()
         sums = {
-            **{k: v.detach() for k, v in parts.items()},
+            **{f"loss_{name}": part.detach() for name, part in parts.items()},
             "tokens": real,
             "slots": torch.tensor(inputs["kind"].numel()),
         }
         flops = None if self.peak is None else step_flops(self.accelerator.unwrap_model(self.model), inputs)
         if flops is not None:
             sums["flops"] = flops
-        for name, (total, count) in out.get("observed", {}).items():
+        for name, (total, count) in out.observed.items():
             sums[f"sum_{name}"], sums[f"count_{name}"] = total, count
-        if "latent_ids" in out:
-            mask = inputs["latent_mask"]
-            latent = Superposition(out["latent_ids"], out["latent_weights"])
-            sums["latents"] = mask.sum()
-            sums["latent_entropy"] = (entropy(latent) * mask).sum()
-            sums["end_token_rate"] = ((latent.ids[..., 0] == self.end_id) & mask).sum()
         for name, value in sums.items():
             value = value.double().to(self.args.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -166,9 +165,6 @@ class LatentTrainer(ResumableTrainer):
                 logs["mfu"] = sums["flops"] / (seconds * self.peak * self.args.world_size)
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if "latents" in sums:
-                logs["latent_entropy"] = sums["latent_entropy"] / sums["latents"]
-                logs["end_token_rate"] = sums["end_token_rate"] / sums["latents"]
             self._warn_of_collapse(logs)
             self._sums, self._since, self._logged_step = {}, now, self.state.global_step
             if not torch.isfinite(torch.tensor(logs["loss"])):

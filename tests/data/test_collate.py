@@ -76,7 +76,7 @@ def test_given_latents_take_the_encoders_place() -> None:
     assert batch["latent_ids"][1].tolist() == [[7, 7], [0, 0], [0, 0]]
     assert batch["latent_weights"][1, 0].tolist() == [0.8999999761581421, 0.10000000149011612]
     plain = stage1_batch([LONG, SHORT], SPEC, loss_reduction="token")
-    for key in ("ids", "target_index", "anchor", "latent_mask", "counts"):
+    for key in ("ids", "target_index", "anchor", "latent_mask", "count_ce"):
         assert torch.equal(batch[key], plain[key])
 
 

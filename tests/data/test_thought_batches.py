@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from latent_sft.errors import DataError
 from latent_sft.method.types import LatentSpec, ThoughtSpec
@@ -17,6 +18,12 @@ ROWS = [
     {"id": "a", "hash": "1", "prompt": [9, 8, 4], "cot": [11, 12, 13], "step_lengths": [2, 1], "answer": [20, 1]},
     {"id": "b", "hash": "2", "prompt": [9, 4], "cot": [14], "step_lengths": [1], "answer": [21, 22, 1]},
 ]
+
+
+def counts_of(batch: dict[str, Tensor]) -> list[float]:
+    return [batch[f"count_{name}"].item() for name in ("ce", "teacher_ce", "hidden", "kv")]
+
+
 OPTIONS = {"loss_reduction": "token", "drop_last_step": True}
 
 
@@ -38,25 +45,25 @@ def test_distill_batch_by_hand():
     assert batch["targets"].tolist() == [20, 1, 21, 22, 1]
     assert batch["teacher_target_index"].tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     assert batch["teacher_targets"].tolist() == [11, 12, 5, 6, 20, 1, 5, 6, 21, 22, 1]
-    assert batch["counts"].tolist() == [5, 11, 2, 1]
+    assert counts_of(batch) == [5, 11, 2, 1]
     assert (batch["kind"] > 0).sum(1).tolist() == [3 + 3 + 4 + 6, 2 + 3 + 5 + 5]
     assert batch["kind"].shape == (2, 3 + 3 + 5 + 6)
 
 
 def test_what_counts_for_keys_and_values():
-    def counts(**changes) -> list[float]:
-        return distill_batch(ROWS, SPEC, THINKS, **OPTIONS, kv=KvDistillConfig(**changes))["counts"].tolist()
+    def count(**changes) -> Tensor:
+        return distill_batch(ROWS, SPEC, THINKS, **OPTIONS, kv=KvDistillConfig(**changes))["count_kv"]
 
-    assert counts(span="delimiter")[3] == 2
-    assert counts(short="zero")[3] == 2
-    assert distill_batch(ROWS, SPEC, THINKS, loss_reduction="token", drop_last_step=False)["counts"].tolist()[3] == 2
+    assert count(span="delimiter") == 2
+    assert count(short="zero") == 2
+    assert distill_batch(ROWS, SPEC, THINKS, loss_reduction="token", drop_last_step=False)["count_kv"] == 2
 
 
 def test_weights_of_a_sample_sum_to_one():
     batch = distill_batch(ROWS, SPEC, THINKS, loss_reduction="sample", drop_last_step=True)
     assert batch["target_weights"].tolist() == pytest.approx([1 / 2] * 2 + [1 / 3] * 3)
     assert batch["teacher_target_weights"].tolist() == pytest.approx([1 / 6] * 6 + [1 / 5] * 5)
-    assert batch["counts"].tolist() == [2, 2, 2, 1]
+    assert counts_of(batch) == [2, 2, 2, 1]
 
 
 def test_seeds_are_those_of_the_rows():
@@ -73,7 +80,7 @@ def test_coconut_batch_by_hand():
     assert batch["thought_mask"].tolist() == [[True, True]] * 2
     assert batch["target_index"].tolist() == [*range(5), *range(6, 11)]
     assert batch["targets"].tolist() == [13, 5, 6, 20, 1, 5, 6, 21, 22, 1]
-    assert batch["counts"].tolist() == [10]
+    assert batch["count_ce"].item() == 10
     last = coconut_batch([{**r, "phase": 3} for r in ROWS], SPEC, config, loss_reduction="token")
     assert last["tail_ids"].tolist() == [[5, 6, 20, 1, 0], [5, 6, 21, 22, 1]]
     assert last["thought_mask"].all() and last["thought_mask"].shape == (2, 4)

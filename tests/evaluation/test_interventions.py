@@ -162,7 +162,7 @@ def random_model():
 THINKERS = {
     "explicit": ("explicit", {"max_cot_tokens": 6}),
     "latent": ("latent", {}),
-    "soft": ("soft", {"soft": Soft(top_k=3, temperature=1.0), "max_cot_tokens": 6}),
+    "soft": ("soft", {"mixture": Soft(top_k=3, temperature=1.0), "max_cot_tokens": 6}),
     "sequential": ("continuous", {"thoughts": (3, 3)}),
     "jacobi": ("continuous", {"thoughts": (4, 2)}),
     "pause": ("continuous", {"thoughts": (4, 0)}),

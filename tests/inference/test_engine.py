@@ -18,7 +18,7 @@ from latent_sft.method.types import Soft, Superposition
 WAYS = {
     "latent": {},
     "explicit": {"max_cot_tokens": 9},
-    "soft": {"max_cot_tokens": 9, "soft": Soft(temperature=1.5, top_k=5)},
+    "soft": {"max_cot_tokens": 9, "mixture": Soft(temperature=1.5, top_k=5)},
     "sequential": {"thinker": "continuous", "thoughts": SEQUENTIAL},
     "parallel": {"thinker": "continuous", "thoughts": PARALLEL},
 }

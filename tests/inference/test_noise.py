@@ -57,8 +57,8 @@ def test_only_what_is_needed_is_drawn(sampling, drawn):
     assert draws(LatentThinking(SPEC, CPU)) == drawn
     assert draws(ExplicitThinking(SPEC, CPU)) == (drawn[0], False)
     assert draws(LatentThinking(dataclasses.replace(SPEC, noise_scale=0.0), CPU)) == (drawn[0], False)
-    assert draws(SoftThinking(SPEC, CPU, soft=Soft(noise_scale=1.0))) == (drawn[0], True)  # by its own setting
-    assert draws(SoftThinking(SPEC, CPU, soft=Soft())) == (drawn[0], False)
+    assert draws(SoftThinking(SPEC, CPU, mixture=Soft(noise_scale=1.0))) == (drawn[0], True)  # by its own setting
+    assert draws(SoftThinking(SPEC, CPU, mixture=Soft())) == (drawn[0], False)
 
 
 def test_top_p_leaves_only_the_nucleus():

@@ -32,7 +32,7 @@ def model_of(family: str):
 
 
 def think(model, soft: Soft = SOFT, spec: LatentSpec = SPEC, prompts=PROMPTS, **options) -> list[Decoded]:
-    return generate(model, spec, prompts, thinker="soft", soft=soft, **{"max_cot_tokens": CAP, **options})
+    return generate(model, spec, prompts, thinker="soft", mixture=soft, **{"max_cot_tokens": CAP, **options})
 
 
 def assert_reference(model, soft: Soft, spec: LatentSpec, prompts: list[list[int]], found: list[Decoded]) -> None:
@@ -162,7 +162,7 @@ def test_answers_may_be_sampled_and_solve_hands_the_settings_over():
     model, sampling = model_of("llama"), Sampling(temperature=1.0, seed=3)
     whole = think(model, sampling=sampling)
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    cut = solve(Thinker("soft", model, soft=SOFT), SPEC, rows, batch_size=2, max_cot_tokens=CAP, sampling=sampling)
+    cut = solve(Thinker("soft", model, mixture=SOFT), SPEC, rows, batch_size=2, max_cot_tokens=CAP, sampling=sampling)
     assert all(same(a, b) for a, b in zip(whole, cut, strict=True))
     assert [d.thought_ids for d in whole] == [d.thought_ids for d in think(model)], "thinking is not sampled"
     assert [d.answer_ids for d in whole] != [d.answer_ids for d in think(model)]

@@ -82,7 +82,7 @@ def run(
     tokens: list[int], spec: LatentSpec, soft: Soft, max_tokens: int = 9
 ) -> tuple[list[dict[int, float]], list[int]]:
     """Feed logits that give each token 60 % of the mass in turn; return what was fed and the phases before."""
-    thinking = SoftThinking(spec, CPU, soft=soft, max_tokens=max_tokens)
+    thinking = SoftThinking(spec, CPU, mixture=soft, max_tokens=max_tokens)
     state = thinking.start([THINK])
     fed, phases = [], []
     for token in tokens:
@@ -137,7 +137,7 @@ def test_cold_stop_counts_steps_in_a_row_and_takes_the_place_of_the_last():
         assert fed[:2] == [MIX, MIX]
         assert (fed[2] == {END: 1.0}) is stops
     soft = Soft(temperature=1.0, top_k=2, top_p=1.0, cold_stop_entropy=1.078, cold_stop_steps=2)
-    thinking = SoftThinking(make_spec(), CPU, soft=soft, max_tokens=9)
+    thinking = SoftThinking(make_spec(), CPU, mixture=soft, max_tokens=9)
     state = thinking.start([THINK])
     flat = torch.zeros(1, 8) + torch.tensor([[0, 0, 0, 0, 0.1, 0, 0, 0]])
     for logits, cold in ((logits_of({X: 0.6, 7: 0.3}), 1), (flat, 0), (logits_of({X: 0.6, 7: 0.3}), 1)):
@@ -149,7 +149,7 @@ def test_noise_never_makes_the_end_the_heaviest_and_leaves_the_argmax_to_decide(
     spec, soft = make_spec(), Soft(temperature=1.0, top_k=2, top_p=1.0, cold_stop_entropy=0.0, noise_scale=1.0)
     draws = torch.tensor([[[-9.0, 9.0]], [[0.5, 0.0]]])  # the first would make the end token the heaviest
     logits = logits_of({X: 0.5, END: 0.4})
-    thinking = SoftThinking(spec, CPU, soft=soft, max_tokens=9)
+    thinking = SoftThinking(spec, CPU, mixture=soft, max_tokens=9)
     fed, state = thinking.step(logits, thinking.start([THINK]), draws=draws)
     assert fed.ids.tolist() == [[X, END]] and int(state.phase) == THINK
     heavy = (5 / 9 * math.exp(0.5)) ** 2, (4 / 9) ** 2  # noise_temperature is 0.5

@@ -107,7 +107,7 @@ def test_loss_and_gradients_equal_the_slow_definition(side, removed):
     rows = [{**row, "phase": gone} for row, gone in zip(ROWS, removed, strict=True)]
     model, lm = ExplicitModel(gpt2()), gpt2()
     batch = icot_batch(rows, SPEC, ICoTConfig(removal_side=side), loss_reduction="token")
-    loss = model(**batch)["ce_total"] / batch["counts"][0]
+    loss = model(**batch).loss_sums["ce"] / batch["count_ce"]
     expected = mean_loss(lm, removed, side)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     loss.backward()

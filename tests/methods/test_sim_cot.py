@@ -105,7 +105,7 @@ def codi_model(settings: SelfDistillConfig) -> SimCotModel:
     spec = ThoughtSpec(num_latents=settings.num_latents, iterations=settings.iterations, projection=True)
     torch.manual_seed(3)
     thoughts = Thoughts(spec, torch.randn(HIDDEN, dtype=torch.float64))
-    return SimCotModel(SelfDistillModel(llama(), thoughts, SPEC, settings), llama(1), 0, settings.num_latents + 1)
+    return SimCotModel(SelfDistillModel(llama(), thoughts, SPEC, settings), llama(1), 0)
 
 
 def codi_rows(rows: list[dict], settings: SelfDistillConfig) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def codi_rows(rows: list[dict], settings: SelfDistillConfig) -> dict[str, Tensor
 def coconut_model(config: CoconutConfig) -> SimCotModel:
     spec = ThoughtSpec(num_latents=config.num_latents, iterations=config.num_latents)
     student = CoconutModel(llama(), Thoughts(spec, torch.zeros(HIDDEN, dtype=torch.float64)), SPEC)
-    return SimCotModel(student, llama(1), config.latents_per_step, config.max_stage)
+    return SimCotModel(student, llama(1), config.latents_per_step)
 
 
 def coconut_rows(examples: list[Example], stage: int, config: CoconutConfig) -> dict[str, Tensor]:
@@ -125,8 +125,8 @@ def coconut_rows(examples: list[Example], stage: int, config: CoconutConfig) -> 
     return with_steps(rows, lambda rows: coconut_batch(rows, SPEC, config, loss_reduction="token"), config, EOS)
 
 
-def step_loss(model: SimCotModel, batch: dict[str, Tensor], terms: int) -> Tensor:
-    return model(**batch)["step_total"] / batch["counts"][terms]
+def step_loss(model: SimCotModel, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss_sums["step"] / batch["count_step"]
 
 
 @pytest.mark.parametrize("num_latents", [1, 2, 6])
@@ -134,7 +134,7 @@ def test_on_codi_step_loss_and_gradients_equal_the_slow_definition(num_latents):
     settings, examples = codi_settings(num_latents), [*EXAMPLES, NINE]
     model, reference = codi_model(settings), codi_model(settings)
     reference.lm.set_attn_implementation("eager")
-    found = step_loss(model, codi_rows(rows_of(examples), settings), 4)
+    found = step_loss(model, codi_rows(rows_of(examples), settings))
     expected = on_codi(reference, examples, num_latents)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5) and found > 0
     every = gradients(model, found)
@@ -149,7 +149,7 @@ def test_on_coconut_step_loss_and_gradients_equal_the_slow_definition(stage, mos
     config, examples = CoconutConfig(max_stage=most, latents_per_step=each), [*EXAMPLES, NINE]
     model, reference = coconut_model(config), coconut_model(config)
     reference.lm.set_attn_implementation("eager")
-    found = step_loss(model, coconut_rows(examples, stage, config), 1)
+    found = step_loss(model, coconut_rows(examples, stage, config))
     expected = on_coconut(reference, examples, stage, most, each)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, found), gradients(reference, expected))
@@ -158,10 +158,8 @@ def test_on_coconut_step_loss_and_gradients_equal_the_slow_definition(stage, mos
 def test_the_student_has_the_losses_it_has_alone():
     settings = codi_settings()
     model, batch = codi_model(settings), codi_rows(rows_of(EXAMPLES), settings)
-    both, alone = model(**batch), model.student(**batch)
-    assert {name: both[name].item() for name in alone if name != "observed"} == {
-        name: value.item() for name, value in alone.items() if name != "observed"
-    }
+    both, alone = model(**batch).loss_sums, model.student(**batch).loss_sums
+    assert {name: both[name].item() for name in alone} == {name: value.item() for name, value in alone.items()}
 
 
 def test_positions_count_from_0_on_codi_and_from_1_on_coconut():
@@ -184,7 +182,7 @@ def test_nine_steps_fill_seven_slots():
     batch = codi_rows(rows_of([NINE]), settings)
     assert batch["step_slot"].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert batch["step_ids"][-1].tolist() == [*joined(NINE.steps[6:]), EOS]
-    assert batch["counts"][4:].tolist() == [34, 4, 4, 4, 4, 4, 4, 10]
+    assert batch["count_step"] == 34 and batch["count_slots"].tolist() == [4, 4, 4, 4, 4, 4, 10]
 
 
 def test_a_row_of_fewer_steps_writes_its_answer_on_coconut():
@@ -203,8 +201,8 @@ def test_a_batch_without_a_step_still_runs_the_decoder():
     ):
         calls: list[int] = []
         model.decoder.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        assert model(**batch)["step_total"].item() == 0 and calls == [1]
-        assert len(batch["step_targets"]) == 0 and batch["counts"][-3:].tolist()[-2:] == [0, 0]
+        assert model(**batch).loss_sums["step"].item() == 0 and calls == [1]
+        assert len(batch["step_targets"]) == 0 and batch["count_step"] == 0 and not batch["count_slots"].any()
 
 
 def test_without_its_decoder_a_model_answers_the_same():

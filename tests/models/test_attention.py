@@ -27,7 +27,7 @@ def stage1(family: str, attention: str, **options: int) -> Stage1Model:
 def run(model: Stage1Model, batch: dict, dtype: torch.dtype | None = None) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        loss = model(**batch)["ce_total"]
+        loss = model(**batch).loss_sums["ce"]
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -128,7 +128,7 @@ def test_no_square_mask_exists_on_the_fast_path(attention: str, expected: bool) 
     rows = [{**row(0, 20, 600), "cot": [6] * 600, "segment_lengths": [4] * 150}]
     model = stage1("llama", attention)
     with Largest() as seen:
-        model(**stage1_batch(rows, SPEC, loss_reduction="token"))["ce_total"].backward()
+        model(**stage1_batch(rows, SPEC, loss_reduction="token")).loss_sums["ce"].backward()
     assert (seen.square > 128) == expected
 
 

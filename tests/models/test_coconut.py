@@ -38,7 +38,7 @@ def test_loss_and_gradients_equal_the_slow_definition(stages, options):
     config = CoconutConfig(**options)
     model = build(config)
     batch = coconut_batch(staged(stages), SPEC, config, loss_reduction="token")
-    loss = model(**batch)["ce_total"]
+    loss = model(**batch).loss_sums["ce"]
     reference = build(config)
     reference.lm.set_attn_implementation("eager")
     expected = 0.0
@@ -62,8 +62,8 @@ def test_without_latents_it_is_fine_tuning_on_the_cot(max_stage, loss_reduction)
     assert batch["thought_mask"].shape == (len(rows), 0)
     plain = ExplicitModel(copy.deepcopy(model.lm))
     other = explicit_batch(rows, SPEC, with_cot=True, loss_reduction=loss_reduction)
-    assert batch["counts"][0] == other["counts"][0]
-    loss, expected = model(**batch)["ce_total"], plain(**other)["ce_total"]
+    assert batch["count_ce"] == other["count_ce"]
+    loss, expected = model(**batch).loss_sums["ce"], plain(**other).loss_sums["ce"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     found = {k: v for k, v in gradients(model, loss).items() if k.startswith("lm.")}
     assert_same(found, gradients(plain, expected))
@@ -72,7 +72,7 @@ def test_without_latents_it_is_fine_tuning_on_the_cot(max_stage, loss_reduction)
 def test_a_batch_is_its_rows_one_by_one():
     config = CoconutConfig(max_stage=2, uniform_prob=0.3, pad_latents=False)
     model, rows = build(config), staged([3, 0, 1, 2])
-    whole = model(**coconut_batch(rows, SPEC, config, loss_reduction="sample"))["ce_total"]
-    single = sum(model(**coconut_batch([r], SPEC, config, loss_reduction="sample"))["ce_total"] for r in rows)
+    whole = model(**coconut_batch(rows, SPEC, config, loss_reduction="sample")).loss_sums["ce"]
+    single = sum(model(**coconut_batch([r], SPEC, config, loss_reduction="sample")).loss_sums["ce"] for r in rows)
     assert whole.item() == pytest.approx(single.item(), rel=1e-9)
     assert_same(gradients(model, whole), gradients(model, single), 1e-8)

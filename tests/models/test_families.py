@@ -44,7 +44,7 @@ def losses_and_gradients(model: torch.nn.Module, batches: list[dict]) -> tuple[f
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        loss = sum(v for k, v in model(**batch).items() if k.endswith("_total"))
+        loss = sum(model(**batch).loss_sums.values())
         loss.backward()
         total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

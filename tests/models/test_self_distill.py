@@ -71,8 +71,8 @@ def batch_of(model: SelfDistillModel, examples: list[Example] | None = None, los
     )
 
 
-def totals(out: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: out[f"{name}_total"] for name in NAMES if f"{name}_total" in out}
+def counts_of(batch: dict[str, Tensor]) -> list[float]:
+    return [batch[f"count_{name}"].item() for name in NAMES]
 
 
 # every option once, beside the paper's own; the last ones are Jacobi iterations from none to sequential
@@ -103,7 +103,7 @@ def test_every_term_and_gradient_equals_the_slow_definition(variant):
     reference.lm.set_attn_implementation("eager")
     thoughts = reference.thoughts
     each = [terms(reference.lm, thoughts.projection, thoughts.placeholder, e, rules)[0] for e in EXAMPLES]
-    found = totals(model(**batch))
+    found = model(**batch).loss_sums
     for name in NAMES:
         expected = sum(example[name] for example in each)
         assert found[name].item() == pytest.approx(expected.item(), rel=1e-5), name
@@ -111,13 +111,13 @@ def test_every_term_and_gradient_equals_the_slow_definition(variant):
     tokens = [len(e.answer) for e in EXAMPLES], [len(END) + len(e.answer) for e in EXAMPLES]
     traces = [sum(map(len, e.steps[:-1] if rules.drop_last_step else e.steps)) for e in EXAMPLES]
     compared = [t > 0 or rules.span == "delimiter" or rules.short == "zero" for t in traces]
-    assert batch["counts"].tolist() == [sum(tokens[0]), sum(tokens[1]) + sum(traces), len(EXAMPLES), sum(compared)]
+    assert counts_of(batch) == [sum(tokens[0]), sum(tokens[1]) + sum(traces), len(EXAMPLES), sum(compared)]
 
 
 def test_a_batch_is_its_rows_one_by_one():
     for options in ({}, {"iterations": 3}, {"selector": "random", "num_latents": 2}, {"selector": "uniform"}):
         model = build(Rules(layer_std=True, **options))
-        whole = totals(model(**batch_of(model, loss_reduction="sample")))
+        whole = model(**batch_of(model, loss_reduction="sample")).loss_sums
         rows = [model(**batch_of(model, [e], loss_reduction="sample")) for e in EXAMPLES]
         # the random selector goes by a row's id, which is its number here
         if options.get("selector") == "random":
@@ -125,14 +125,14 @@ def test_a_batch_is_its_rows_one_by_one():
             rows = [model(**{**batch_of(model, [e], "sample"), "row_seed": every["row_seed"][i : i + 1]})
                     for i, e in enumerate(EXAMPLES)]  # fmt: skip
         for name in NAMES:
-            single = sum(row[f"{name}_total"] for row in rows)
+            single = sum(row.loss_sums[name] for row in rows)
             assert whole[name].item() == pytest.approx(single.item(), rel=1e-9), name
             assert_same(gradients(model, whole[name]), gradients(model, single), 1e-8)
 
 
 def test_as_many_iterations_as_latents_are_one_latent_after_another():
     """T = M - 1 is not; T beyond M changes nothing. The parallel passes, run M times, give the sequential result."""
-    losses = [totals(build(Rules(iterations=t))(**batch_of(build(Rules(iterations=t))))) for t in (2, 3, 7)]
+    losses = [build(Rules(iterations=t))(**batch_of(build(Rules(iterations=t)))).loss_sums for t in (2, 3, 7)]
     assert all(losses[1][name].item() == losses[2][name].item() for name in NAMES)
     assert losses[0]["ce"].item() != pytest.approx(losses[1]["ce"].item(), rel=1e-4)
     from latent_sft.models.thought_passes import read, think_at_once, think_in_turn
@@ -158,7 +158,9 @@ def test_no_iteration_reads_the_placeholders_as_pause_tokens():
     batch = explicit_batch(rows, SPEC, with_cot=False, loss_reduction="token")
     hidden = [i for i, t in enumerate(batch["targets"].tolist()) if t not in END]
     batch |= {k: batch[k][hidden] for k in ("target_index", "targets", "target_weights")}
-    assert model(**batch_of(model))["ce_total"].item() == pytest.approx(plain(**batch)["ce_total"].item(), rel=1e-6)
+    assert model(**batch_of(model)).loss_sums["ce"].item() == pytest.approx(
+        plain(**batch).loss_sums["ce"].item(), rel=1e-6
+    )
     assert not any(p.requires_grad for p in model.thoughts.projection.parameters())
 
 
@@ -166,38 +168,38 @@ def test_without_distances_it_is_the_sum_of_two_cross_entropies():
     """The teacher's is CoT fine-tuning on the steps it is shown; no KaVa term is computed."""
     model = build(Rules(), hidden_weight=0.0, kv=0.0)
     out = model(**batch_of(model))
-    assert set(totals(out)) == {"ce", "teacher_ce"} and out["observed"] == {}
+    assert set(out.loss_sums) == {"ce", "teacher_ce"} and out.observed == {}
     rows = [
         {**row, "cot": [t for step in e.steps[:-1] for t in step]}
         for row, e in zip(rows_of(EXAMPLES), EXAMPLES, strict=True)
     ]
     plain = ExplicitModel(copy.deepcopy(model.lm))
-    expected = plain(**explicit_batch(rows, SPEC, with_cot=True, loss_reduction="token"))["ce_total"]
-    assert out["teacher_ce_total"].item() == pytest.approx(expected.item(), rel=1e-6)
+    expected = plain(**explicit_batch(rows, SPEC, with_cot=True, loss_reduction="token")).loss_sums["ce"]
+    assert out.loss_sums["teacher_ce"].item() == pytest.approx(expected.item(), rel=1e-6)
     alone = build(Rules(), teacher_weight=0.0, hidden_weight=0.0, kv=0.0)
-    assert set(totals(alone(**batch_of(alone)))) == {"ce"}
-    assert alone(**batch_of(alone))["ce_total"].item() == out["ce_total"].item()
+    assert set(alone(**batch_of(alone)).loss_sums) == {"ce"}
+    assert alone(**batch_of(alone)).loss_sums["ce"].item() == out.loss_sums["ce"].item()
 
 
 @pytest.mark.parametrize(("share", "selector"), [(0.0, "cosine"), (1.0, "attention")])
 def test_the_limits_of_lambda_are_the_single_scores(share, selector):
     mixed, single = build(Rules(importance=share)), build(Rules(selector=selector))
     batch = batch_of(mixed)
-    assert mixed(**batch)["kv_total"].item() == single(**batch)["kv_total"].item()
+    assert mixed(**batch).loss_sums["kv"].item() == single(**batch).loss_sums["kv"].item()
 
 
 def test_all_selectors_agree_where_there_are_as_many_latents_as_tokens():
     values = set()
     for selector in ("rkv", "cosine", "attention", "crop", "uniform", "random"):
         model = build(Rules(num_latents=9, selector=selector))
-        values.add(round(model(**batch_of(model))["kv_total"].item(), 9))
+        values.add(round(model(**batch_of(model)).loss_sums["kv"].item(), 9))
     assert len(values) == 1
 
 
 def test_what_is_observed():
     """Traces of 6, 2, 0 and 3 tokens and M = 3: two of four are shorter; kept are 3/6, 2/2, nothing to keep, 3/3."""
     model = build(Rules())
-    observed = model(**batch_of(model))["observed"]
+    observed = model(**batch_of(model)).observed
     assert [x.item() for x in observed["kv_short"]] == [2, 4]
     assert [x.item() for x in observed["kv_kept"]] == [pytest.approx(2.5), 3]
     total, count = (x.item() for x in observed["kv_cosine"])
@@ -220,7 +222,7 @@ def test_gradient_checkpointing_changes_no_gradient(options):
             calls += 1
 
         model.lm.model.layers[0].mlp.register_forward_pre_hook(count)
-        out = totals(model(**batch_of(model)))
+        out = model(**batch_of(model)).loss_sums
         forward = calls
         weighted = sum((i + 1) * out[name] for i, name in enumerate(NAMES))
         model.zero_grad()
@@ -239,13 +241,13 @@ def test_lora_trains_through_every_term():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    out = totals(model(**batch_of(model)))
+    out = model(**batch_of(model)).loss_sums
     for name in NAMES:
         found = gradients(model, out[name])
         assert all("lora_" in n or n.startswith("thoughts.") for n in found)
         assert any(g.abs().max() > 0 for n, g in found.items() if "lora_" in n), name
     merged = SelfDistillModel(model.lm.merge_and_unload(), model.thoughts, SPEC, model.settings)
-    for name, value in totals(merged(**batch_of(model))).items():
+    for name, value in merged(**batch_of(model)).loss_sums.items():
         assert value.item() == pytest.approx(out[name].item(), rel=1e-5), name
 
 
@@ -256,8 +258,8 @@ def test_every_family_takes_a_step(name):
     settings = settings_of(Rules(normalise="all", layer_std=True))
     thoughts = Thoughts(ThoughtSpec(num_latents=3, iterations=2), torch.ones(32))
     model = SelfDistillModel(family(name, scale=2.0), thoughts, spec, settings)
-    whole = totals(model(**batch_of(model)))
-    single = [totals(model(**batch_of(model, [e]))) for e in EXAMPLES]
+    whole = model(**batch_of(model)).loss_sums
+    single = [model(**batch_of(model, [e])).loss_sums for e in EXAMPLES]
     for term in NAMES:
         assert whole[term].item() == pytest.approx(sum(s[term].item() for s in single), rel=1e-4), term
     found = gradients(model, sum(whole.values()))

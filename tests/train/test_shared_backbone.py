@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_those_of_two_models(tiny_config, tie, checkpoi
     for model in both(work):
         if checkpointing:
             _checkpoint_activations(model)
-        loss = model.train()(**batch)["ce_total"]
+        loss = model.train()(**batch).loss_sums["ce"]
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         gradients.append((loss.item(), found))
@@ -92,7 +92,7 @@ def test_phases_go_on_from_adapters_and_save_plain_models(tiny_config):
         shared_start(work.setup("stage2")).eval(),
     )
     batch = stage1_batch(work.data["train"].select(range(4)).to_list(), work.spec, loss_reduction="token")
-    torch.testing.assert_close(plain(**batch)["ce_total"], live(**batch)["ce_total"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(plain(**batch).loss_sums["ce"], live(**batch).loss_sums["ce"], rtol=1e-5, atol=0)
     counts = json.loads((finals["stage1-union"].parent / "manifest.json").read_text())
     assert counts["parameters"] < 1.4 * sum(value.numel() for value in base.values())
 

@@ -45,7 +45,7 @@ def test_token_batches_give_the_loss_of_the_whole_step(tiny_config):
     model = ExplicitModel(load_lm(work.base, config.model))
     union = [work.data["train"][i] for batch in batches[:4] for i in batch]
     batch = explicit_batch(union, work.spec, with_cot=True, loss_reduction="token")
-    expected = (model(**batch)["ce_total"] / batch["counts"][0]).item()
+    expected = (model(**batch).loss_sums["ce"] / batch["count_ce"]).item()
     assert logged(step.directory, "train/loss")[0] == pytest.approx(expected, rel=1e-5)
     assert step.results()["examples_seen"] == sum(map(len, batches[:8]))
     assert step.results()["steps"] == 2
@@ -127,13 +127,16 @@ def test_stored_latents_are_those_of_the_frozen_encoder(tiny_config, encoder_pha
     for batch in (stored, fresh):
         model = STAGES["stage1-decoder"].model(work.setup("stage1-decoder")).train()
         out = model(**batch)
-        out["ce_total"].backward()
-        results.append((out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    (one, grads_one), (two, grads_two) = results
+        out.loss_sums["ce"].backward()
+        latent = (batch["latent_ids"], batch["latent_weights"]) if "latent_ids" in batch else model.encode(batch)
+        results.append(
+            (out.loss_sums["ce"], latent, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
+    (one, latent_one, grads_one), (two, latent_two, grads_two) = results
     mask = fresh["latent_mask"]
-    assert torch.equal(one["latent_ids"][mask], two["latent_ids"][mask])
-    torch.testing.assert_close(one["latent_weights"][mask], two["latent_weights"][mask], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(one["ce_total"], two["ce_total"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(latent_one[0][mask], latent_two[0][mask])
+    torch.testing.assert_close(latent_one[1][mask], latent_two[1][mask], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
     assert grads_one.keys() == grads_two.keys() and grads_one
     assert all(name.startswith("decoder.") for name in grads_one)
     for name, grad in grads_one.items():

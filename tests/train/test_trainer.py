@@ -323,7 +323,7 @@ def test_noise_of_stage_one_begins_late_and_never_touches_evaluation(tiny_config
     ).eval()
     model.noise_scale = 2.0
     batch = stage1_batch(Workspace(config).data["train"].select(range(4)).to_list(), model.spec, loss_reduction="token")
-    assert torch.equal(model(**batch)["ce_total"], model(**batch)["ce_total"])
+    assert torch.equal(model(**batch).loss_sums["ce"], model(**batch).loss_sums["ce"])
 
 
 def test_latents_of_the_whole_vocabulary_are_trained_and_learnt(tiny_config):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.zero_job import HALVES, PHASES, THOUGHTS, config_of, train_all
+from train.zero_job import HALVES, PHASES, THOUGHTS, UNION, config_of, train_all, train_with_own_latents
 
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.methods import STAGES
@@ -43,6 +43,7 @@ def trained(tmp_path_factory) -> Path:
     try:
         train_all(config_of(folder, "one", 0), kill=False)
         train_stage(config_of(folder, "shared", 0, shared=True), "stage1-union")
+        train_with_own_latents(config_of(folder, "own", 0, *UNION))
         output, _ = job.communicate(timeout=400)
     finally:
         job.kill()
@@ -65,7 +66,10 @@ CASES = [(f"zero{level}", "one", stage) for level in (1, 2, 3) for stage in (*PH
 CASES += [("zero3", "one", stage) for stage in THOUGHTS]  # the level that takes every parameter apart
 
 
-@pytest.mark.parametrize(("run", "reference", "stage"), [*CASES, ("zero3-shared", "shared", "stage1-union")])
+MORE = [("zero3-shared", "shared", "stage1-union"), ("zero3-own", "own", "stage2")]
+
+
+@pytest.mark.parametrize(("run", "reference", "stage"), [*CASES, *MORE])
 def test_two_processes_with_zero_equal_one(trained, run, reference, stage):
     """Losses, gradient norms, decoded validation and final weights; stage 2 was killed once and resumed."""
     ours, expected = trained / run / stage, trained / reference / stage

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from train.own_latents import with_own_latents
 
 import latent_sft.train.run as run
 from latent_sft.config.experiment import Config
@@ -25,12 +26,12 @@ from latent_sft.workspace import processes
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
 THOUGHTS = ("kava", "coconut")
+UNION = ["stage1.encoder.enabled=false", "stage1.decoder.enabled=false"]
 # stage 1 as two adapters on one model, with recomputed activations; ZeRO-3 cuts up every one of its parameters
 SHARED = [
     "model.lora.rank=2",
     "stage1.share_backbone=true",
-    "stage1.encoder.enabled=false",
-    "stage1.decoder.enabled=false",
+    *UNION,
     "stage1.union.gradient_checkpointing=true",
 ]
 RATES = [f"{section}.learning_rate=1e-3" for section in SECTIONS.values()]
@@ -92,6 +93,14 @@ def train_all(config: Config, *, kill: bool) -> None:
         train_stage(config, stage)
 
 
+def train_with_own_latents(config: Config) -> None:
+    """Train stage 2 on latents of its own, of which the processes decode unequally many."""
+    train_stage(config, "stage1-union")
+    make_labels(config)
+    with with_own_latents():
+        train_stage(config, "stage2")
+
+
 def count_decoded(path: Path) -> None:
     """Write down how many rows this process decodes at each validation."""
     original = share.solve
@@ -109,6 +118,7 @@ def main(folder: Path) -> None:
     for zero in (1, 2, 3):
         train_all(config_of(folder, f"zero{zero}", zero), kill=True)
     train_stage(config_of(folder, "zero3-shared", 3, shared=True), "stage1-union")
+    train_with_own_latents(config_of(folder, "zero3-own", 3, *UNION))
     count_decoded(folder / f"decoded-{processes().process_index}.txt")
     # the second process thinks for longer, and the first one has to go on with it
     longer = f"eval.max_cot_tokens={8 + 24 * processes().process_index}"
