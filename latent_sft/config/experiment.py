@@ -25,12 +25,19 @@ class _Experiment(CommonConfig):
             need(fits, f"{stage.section}.mixed_precision", mixed, "fp16, as model.dtype=float16")
             fits = not self.launch.zero or mixed != "fp16"
             need(fits, f"{stage.section}.mixed_precision", mixed, "bf16 or no, where launch.zero > 0")
+        self._check_shortened()
         for method in METHODS:
             settings = self.settings(method.settings)
             method.check(settings, self.model, [name for name in STAGES if self.stage(name).enabled])
             for stage in method.stages:
                 if self.stage(stage.name).enabled and not self.stage(stage.name).start_from:
                     self._check_source(method.settings, stage.source(settings))
+
+    def _check_shortened(self) -> None:
+        # the rule holds for the data of the whole run, and a method compared with shorter text must not learn from it
+        others = [name for name in STAGES if self.stage(name).enabled and name not in ("no-cot", "cot")]
+        expected = f"none where more than no-cot and cot is trained; give the rule to a run without {', '.join(others)}"
+        need(self.data.shorten.rule == "none" or not others, "data.shorten.rule", self.data.shorten.rule, expected)
 
     def _check_source(self, section: str, source: str | None) -> None:
         # a stage of another method has to be trained; a method's own stages are its own affair

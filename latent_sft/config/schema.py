@@ -75,7 +75,8 @@ class SyntheticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShortenConfig:
-    """Shorter chains of thought in all splits, for baselines that compress text; problems and answers stay."""
+    """Shorter chains of thought in all splits, for baselines that compress text; problems and answers stay. For runs
+    that train nothing but `no-cot` and `cot`."""
 
     rule: Literal["none", "drop_left", "every_r", "results"] = "none"
     """drop_left: without the first `steps` steps; every_r: only every `steps`-th step, and the last; results: of each

@@ -13,6 +13,8 @@ from latent_sft.data.formats import Record, split_steps
 from latent_sft.data.records import load_splits
 from latent_sft.data.shorten import shortened
 from latent_sft.errors import ConfigError, DataError
+from latent_sft.train.run import train_stage
+from latent_sft.workspace import Workspace
 
 EQUATIONS = "<<16-3=13>> <<13*2=26>> <<26/2=13>> <<13+1=14>> <<14-4=10>>"
 
@@ -136,3 +138,24 @@ def test_a_rule_that_applies_to_no_row_is_refused(tmp_path: Path) -> None:
     several = source(tmp_path / "b.jsonl", "a\nb", "c")
     with pytest.raises(ConfigError, match=r"data\.shorten\.steps: got 2, which leaves nothing .* longest has 2 steps"):
         _ = load_splits(config(several, "drop_left", 2)).train
+
+
+def test_no_other_method_learns_from_what_the_baseline_is_given(tiny_config: Any) -> None:
+    settings = [
+        f"{section}.enabled=false" for section in ("stage1.encoder", "stage1.decoder", "stage1.union", "stage2")
+    ]
+    assert tiny_config(*settings, "data.shorten.rule=results").data.shorten.rule == "results"
+    message = r"data\.shorten\.rule: got 'results', expected none where more than .* a run without stage1-union, stage2"
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(*settings[:2], "stage1.union.enabled=true", "stage2.enabled=true", "data.shorten.rule=results")
+
+
+def test_a_row_that_has_no_step_left_trains_the_answer_alone(tiny_config: Any) -> None:
+    """As iCoT does once so many steps are gone: the model learns to end its thought at once."""
+    stages = [f"{section}.enabled=false" for section in ("stage1.encoder", "stage1.decoder", "stage1.union", "stage2")]
+    data = ["data.shorten.rule=drop_left", "data.shorten.steps=3"]  # of three to five steps
+    work = Workspace(tiny_config(*stages, "no_cot.enabled=false", *data))
+    kept = [len(row["cot"]) for row in work.data["train"]]
+    assert set(kept) == {0, 6, 12}  # six tokens a step
+    step = train_stage(work.config, "cot")
+    assert step.is_finished()

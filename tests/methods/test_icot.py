@@ -366,15 +366,12 @@ LINE = (
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    """Files of the published format, written by the code of the method's page."""
-    page = (Path(__file__).parents[2] / "docs/methods/icot.md").read_text()
-    scope: dict = {}
-    exec(page.partition("```python\n")[2].partition("```")[0], scope)
-    assert scope["line"](3719, 3349, 4) == LINE
+    """Settings of the method's page: public files to evaluate on, generated problems to train on."""
+    public = (Path(__file__).parents[1] / "fixtures/mult_4x4_valid_10.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "validation.txt").write_text("".join(public[:4]))
     (tmp_path / "test.txt").write_text(LINE + "\n")
-    for seed, (split, count) in enumerate((("validation", 4), ("train", 8))):
-        scope["write"](tmp_path / f"{split}.txt", count, without=[tmp_path / "test.txt"], seed=seed)
-    return [f"data.{split}={tmp_path / split}.txt" for split in ("train", "validation", "test")]
+    train = ["data.train=synthetic", "data.synthetic.task=multiplication", "data.synthetic.num_train=8"]
+    return [*train, *(f"data.{split}={tmp_path / split}.txt" for split in ("validation", "test"))]
 
 
 def test_the_recipe_writes_published_lines_as_published(files):
