@@ -25,6 +25,7 @@ BASES = {
     "kava_llama1b": "llama",
     "codi_llama1b": "llama",
     "simcot_llama1b": "llama",
+    "spans_llama1b": "llama",
     "pccot_gpt2": "gpt2",
     "coconut_gpt2": "gpt2",
 }

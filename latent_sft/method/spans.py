@@ -1,4 +1,4 @@
-"""Span labels: a latent is the position-weighted mixture of the tokens of its span of the CoT (MUX, arXiv 2607.18264).
+"""Labels of spans: a latent is the position-weighted mixture of the tokens of its span of the CoT (MUX, arXiv 2607.18264).
 
     mux(s_1..s_S) = sum_j a_j onehot(s_j),   a_j = rho^(j-1) / sum_l rho^(l-1)          Eq. 2 there
 

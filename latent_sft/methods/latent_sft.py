@@ -111,13 +111,7 @@ def encoder_batch(rows: Sequence[TokenRow], spec: LatentSpec) -> Batch:
     return _encoder_part(rows, [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows], spec)
 
 
-def stage2_batch(
-    rows: Sequence[TokenRow],
-    spec: LatentSpec,
-    *,
-    label_of: LabelOf,
-    loss_reduction: str,
-) -> Batch:
+def stage2_batch(rows: Sequence[TokenRow], spec: LatentSpec, *, label_of: LabelOf, loss_reduction: str) -> Batch:
     """Batch for stage 2: `latent_ids`, `latent_weights` `[B, N, K]` hold the stored labels, `kl_*` where they are read.
 
     Args:

@@ -32,6 +32,8 @@ from latent_sft.runs import file_sha256, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
 
+# ways of thinking that come with settings
+SETTINGS: dict[str, type[ThoughtSpec] | type[SpanCode]] = {"continuous": ThoughtSpec, "spans": SpanCode}
 # key of `model.tiny` -> names in the configurations of transformers
 _SIZE_NAMES = {
     "hidden_size": ("hidden_size",),
@@ -298,8 +300,8 @@ def read_thinker(folder: Path) -> tuple[str, ThoughtSpec | SpanCode | None]:
     path = folder / THINKER_FILE
     how: dict[str, Any] = read_json(path) if path.exists() else {"thinker": "latent"}
     try:
-        found = [kind(**how[kind.key]) for kind in (ThoughtSpec, SpanCode) if kind.key in how]
-        return how["thinker"], found[0] if found else None
+        settings = SETTINGS.get(how["thinker"])
+        return how["thinker"], None if settings is None else settings(**how[settings.key])
     except (KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: unusable ({error}); train that stage again.") from error
 
