@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latent_sft.method.superposition import largest, largest_but, weighted
 from latent_sft.method.thinking import LatentThinking
 from latent_sft.method.types import SpanCode, Superposition
 
@@ -183,6 +184,14 @@ class SpanThinking(LatentThinking):
         self.width = min(max(self.spec.top_k, mixture.longest), self.spec.vocab_size)
         self.snapper, self.reader = Snapper(mixture, self.device), Snapper(mixture, torch.device("cpu"))
         self.kept = self.width if mixture.snap == "none" else mixture.longest
+
+    def choose(self, logits: Tensor) -> Superposition:
+        """Return what is fed back after logits `[M, V]` at which the model thinks on, without noise."""
+        if self.spec.exclude_end:
+            kept, ids, _ = largest_but(logits, self.width, self.spec.end_think_ids[0])
+        else:
+            kept, ids = largest(logits, self.width)
+        return self.fed(weighted(kept, ids, self.spec.decode_temperature))
 
     def fed(self, latent: Superposition) -> Superposition:
         """Return the nearest code word, or the latent itself."""

@@ -25,14 +25,15 @@ from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Lengths, Number, count_tokens, single
-from latent_sft.inference.solve import Thinker
+from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.method.layout import fixed_segments, split_cot
-from latent_sft.method.spans import LONGEST, random_cuts, separation, span_labels
-from latent_sft.method.types import LatentSpec, SpanCode
-from latent_sft.methods.base import Collate, Curriculum, Method, Model, Setup, Stage, load_saved, save_plain
+from latent_sft.method.spans import LONGEST, SpanThinking, random_cuts, separation, span_labels
+from latent_sft.method.types import LatentSpec, SpanCode, Superposition
+from latent_sft.methods.base import Collate, Curriculum, Method, Model, Prepare, Setup, Stage, load_saved, save_plain
 from latent_sft.methods.common import step_lengths
 from latent_sft.methods.latent_sft import stage2_batch
 from latent_sft.models.load import load_lm, load_tokenizer, trainable
+from latent_sft.models.logits import head
 from latent_sft.models.stage2 import Stage2Model
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class SpansConfig:
     snap: Literal["none", "nearest", "likeliest", "greedy"] = "nearest"
     """What is fed back when problems are solved: the latent as predicted, or the code word nearest to it (in L1; in KL;
     or found token by token, for spans longer than 9). Validation during training decodes without."""
+    own_latents: float = 0.0
+    """Scheduled sampling: share of the latents whose input, while training, is what the model makes of the place itself
+    (snapped as `snap` says) in a pass over the labels; the targets stay the labels. Costs that pass."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class SpansConfig:
         need(1 <= self.rate <= self.longest, "spans.rate", self.rate, f"1 to spans.longest={self.longest} tokens")
         need(self.num_spans >= 1, "spans.num_spans", self.num_spans, "an integer >= 1")
         need(0 < self.rho <= 1, "spans.rho", self.rho, "0 < rho <= 1")
+        need(0 <= self.own_latents <= 1, "spans.own_latents", self.own_latents, "a share from 0 to 1")
         short = self.longest <= LONGEST or self.snap in ("none", "greedy")
         need(short, "spans.snap", self.snap, f"none or greedy, where spans.longest={self.longest} is above {LONGEST}")
 
@@ -167,6 +172,39 @@ def spans_batch(
     return stage2_batch(rows, spec, label_of=lambda row, _: labels[row], loss_reduction=loss_reduction)
 
 
+def with_own_latents(batch: Batch, policy: Policy, *, share: float, code: SpanCode) -> Batch:
+    """Return a batch in which a share of the latents that are fed are the model's own; scheduled sampling in one pass.
+
+    The own latent of a place is that after the labels before it, so all of a row come from one pass. Which places have
+    theirs is drawn from seed, optimizer step and row.
+
+    Args:
+        batch: of `spans_batch`.
+        policy: the model under training.
+        share: of places.
+        code: how its latents are read.
+    """
+    model = policy.module
+    assert isinstance(model, Stage2Model)
+    label = Superposition(batch["latent_ids"], batch["latent_weights"])
+    hidden = model.states(batch, label)[batch["kl_index"]]
+    thinking = SpanThinking(policy.spec, hidden.device, mixture=code)
+    own = thinking.choose(head(model.lm)(hidden))
+    size, (num_rows, width) = max(own.ids.shape[-1], label.ids.shape[-1]), label.ids.shape[:2]
+    draws = [policy.random(row_id) for row_id in batch["row_ids"]]
+    drawn = torch.tensor([[draw.random() < share for _ in range(width)] for draw in draws], device=hidden.device)
+    place = batch["kl_latent"][drawn.flatten()[batch["kl_latent"]]]
+    kept = drawn.flatten()[batch["kl_latent"]]
+    fed = []
+    for ours, theirs in zip(own, label, strict=True):
+        part = theirs.new_zeros(num_rows * width, size)
+        part[:, : theirs.shape[-1]] = theirs.flatten(0, 1)
+        part[place] = 0
+        part[place, : ours.shape[-1]] = ours[kept].to(part.dtype)
+        fed.append(part.view(num_rows, width, size))
+    return {**batch, "fed_ids": fed[0], "fed_weights": fed[1]}
+
+
 def spans_lengths(data: Any, spec: LatentSpec, config: SpansConfig, boundary: Boundary) -> Lengths:
     """Lengths of `[P, z_1..z_N, E, A]`; where cuts are drawn, with as many latents as there can be."""
     cot = count_tokens(data, "cot")
@@ -213,8 +251,14 @@ def _batch(setup: Setup) -> Collate:
     )
 
 
+def _prepare(setup: Setup) -> Prepare | None:
+    share = setup.settings.own_latents
+    return partial(with_own_latents, share=share, code=setup.settings.code) if share else None
+
+
 def _identity(settings: SpansConfig, latent: LatentConfig) -> dict[str, Any]:
-    own = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("train", "snap")}
+    unused = ("train",) if settings.own_latents else ("train", "snap")
+    own = {k: v for k, v in dataclasses.asdict(settings).items() if k not in unused}
     noise = {k: getattr(latent, k) for k in ("noise_scale", "noise_temperature", "noise_clip", "decode_temperature")}
     return {"method": own, "latent": {**noise, "top_k": latent.top_k, "exclude_end": latent.exclude_end}}
 
@@ -253,6 +297,7 @@ METHOD = Method(
             lengths=lambda data, setup: spans_lengths(data, setup.spec, setup.settings, boundary_of(setup.tokenizer)),
             terms=lambda setup: {"ce": setup.train.ce_weight, "kl": setup.train.kl_weight},
             curriculum=lambda setup: Curriculum(number=drawn_anew) if setup.settings.cuts == "random" else None,
+            prepare=_prepare,
             save=lambda model, setup, folder: save_plain(
                 model, setup, folder, thinker="spans", settings=setup.settings.code
             ),

@@ -25,7 +25,9 @@ from latent_sft.evaluation.run import evaluate
 from latent_sft.export.checkpoint import export_run
 from latent_sft.inference.generate import Decoded, generate
 from latent_sft.inference.show import as_table, load
-from latent_sft.method.types import SpanCode
+from latent_sft.inference.solve import Policy, Thinker
+from latent_sft.method.spans import SpanThinking
+from latent_sft.method.types import LatentSpec, SpanCode
 from latent_sft.methods import STAGES
 from latent_sft.methods.cot import ExplicitModel, explicit_batch
 from latent_sft.methods.span_labels import (
@@ -35,6 +37,7 @@ from latent_sft.methods.span_labels import (
     span_lengths,
     spans_batch,
     spans_lengths,
+    with_own_latents,
 )
 from latent_sft.models.stage2 import Stage2Model
 from latent_sft.train.run import train_stage
@@ -188,6 +191,70 @@ def test_planned_lengths_are_those_of_batches(cuts, tiny_config):
     assert (count_tokens(data, "cot") > 0).all()
 
 
+# ------------------------------------------------------------------------------------------------- scheduled sampling
+
+
+def own(model: Stage2Model, rows: list[dict], share: float, config: SpansConfig, spec: LatentSpec = SPEC) -> dict:
+    batch = {**spans_batch(rows, spec, config, NEVER, loss_reduction="token"), "row_ids": [row["id"] for row in rows]}
+    policy = Policy(module=model, thinker=Thinker("spans", model.lm, mixture=config.code), spec=spec, seed=3, step=7)
+    with torch.no_grad():
+        return with_own_latents(batch, policy, share=share, code=config.code)
+
+
+@pytest.mark.parametrize("snap", ["none", "nearest"])
+def test_what_is_fed_is_what_the_model_makes_of_the_place_behind_the_labels(snap):
+    """Against one pass per row, its logits turned into latents by the thinker that decodes."""
+    config, model = SpansConfig(cuts="fixed", rate=2, longest=3, snap=snap), Stage2Model(llama(3, True).float(), SPEC)
+    plain = spans_batch(ROWS, SPEC, config, NEVER, loss_reduction="token")
+    found = own(model, ROWS, 0.6, config)
+    assert torch.equal(found["latent_ids"], plain["latent_ids"])  # targets stay
+    thinking, taken = SpanThinking(SPEC, torch.device("cpu"), mixture=config.code), 0
+    for b, row in enumerate(ROWS):
+        draws = random.Random(f"3/7/{row['id']}")
+        labels = [mux(row["cot"][s : s + 2], config.rho) for s in range(0, len(row["cot"]), 2)]
+        table = model.lm.get_input_embeddings().weight
+        inputs = [*table[row["prompt"]], *(sum(w * table[t] for t, w in label.items()) for label in labels)]
+        logits = model.lm(inputs_embeds=torch.stack(inputs)[None]).logits[0, len(row["prompt"]) - 1 : -1]
+        expected, _ = thinking.step(logits, thinking.start([0] * len(logits)))
+        for n in range(len(labels)):
+            masses = torch.zeros(VOCAB).index_add(0, found["fed_ids"][b, n], found["fed_weights"][b, n])
+            if draws.random() < 0.6:
+                taken += 1
+                wanted = torch.zeros(VOCAB).index_add(0, expected.ids[n], expected.weights[n])
+            else:
+                wanted = torch.zeros(VOCAB)
+                wanted[list(labels[n])] = torch.tensor(list(labels[n].values()))
+            if END[0] not in logits[n].topk(1).indices:  # where it would end thinking there is no latent to compare
+                torch.testing.assert_close(masses, wanted, rtol=1e-3, atol=1e-4)
+    assert 2 < taken < 9
+
+
+def test_a_share_of_none_is_none_and_rows_do_not_depend_on_the_batch():
+    config, model = SpansConfig(cuts="fixed", rate=2, longest=3), Stage2Model(llama(3, True).float(), SPEC)
+    plain = spans_batch(ROWS, SPEC, config, NEVER, loss_reduction="token")
+    assert torch.equal(own(model, ROWS, 0.0, config)["fed_weights"], plain["latent_weights"])
+    together = own(model, ROWS, 0.5, config)
+    loss = model(**{k: v for k, v in together.items() if k != "row_ids"}).loss_sums
+    alone = [own(model, [row], 0.5, config) for row in ROWS]
+    each = [model(**{k: v for k, v in batch.items() if k != "row_ids"}).loss_sums for batch in alone]
+    for term in ("ce", "kl"):
+        torch.testing.assert_close(loss[term], sum(part[term] for part in each), rtol=1e-4, atol=1e-4)
+    assert loss["kl"] != model(**plain).loss_sums["kl"]
+
+
+def test_training_on_own_latents_does_not_depend_on_how_a_step_is_cut(tiny_config, tmp_path):
+    found = {}
+    for way, size, accumulation in (("whole", 8, 1), ("cut", 2, 4)):
+        config = tiny_config(
+            *SETTINGS, "spans.own_latents=0.5", f"spans.train.micro_batch_size={size}", f"run_dir={tmp_path / way}",
+            f"spans.train.gradient_accumulation_steps={accumulation}",
+        )  # fmt: skip
+        found[way] = logged(train_stage(config, "latent-spans").directory, "train/loss")
+    assert found["cut"] == pytest.approx(found["whole"], rel=2e-3) and len(found["whole"]) == 6
+    plain = train_stage(tiny_config(*SETTINGS, f"run_dir={tmp_path / 'plain'}"), "latent-spans")
+    assert logged(plain.directory, "train/loss") != found["whole"]
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -245,6 +312,7 @@ def test_agreement_of_spans_place_by_place():
 @pytest.mark.parametrize(("change", "message"), [
     ({"rho": 0.0}, "spans.rho: got 0.0, expected 0 < rho <= 1"),
     ({"rate": 9}, "spans.rate: got 9, expected 1 to spans.longest=8"),
+    ({"own_latents": 1.5}, "spans.own_latents: got 1.5, expected a share from 0 to 1"),
     ({"longest": 70}, "spans.longest: got 70"), ({"num_spans": 0}, "spans.num_spans"),
     ({"longest": 12}, r"spans.snap: got 'nearest', expected none or greedy, where spans.longest=12 is above 9"),
 ])  # fmt: skip
