@@ -304,6 +304,10 @@ class EvalConfig:
     interventions: tuple[str, ...] = ("zero", "mean", "shuffle", "truncate")
     """Is the reasoning used? The answer is decoded again after all latents (or written tokens) of a problem are set to
     zero, to their mean over problems, exchanged for another problem's, or cut to their first half. Empty: not done."""
+    latent_sweep: tuple[int, ...] = ()
+    """Numbers of latents, fewer and more than the model would take; problems are solved again with exactly so many."""
+    latency_problems: int = 16
+    """Problems solved again one at a time, greedily, for the time of one alone; 0 does not measure it."""
 
     def __post_init__(self) -> None:
         need(self.batch_size >= 1, "eval.batch_size", self.batch_size, "an integer >= 1")
@@ -316,6 +320,9 @@ class EvalConfig:
         need(not bad, "eval.splits", bad, "validation and/or test")
         unknown = sorted(set(self.interventions) - set(INTERVENTIONS))
         need(not unknown, "eval.interventions", unknown, ", ".join(INTERVENTIONS))
+        counts = self.latent_sweep
+        need(all(count >= 1 for count in counts), "eval.latent_sweep", list(counts), "numbers of latents, each >= 1")
+        need(self.latency_problems >= 0, "eval.latency_problems", self.latency_problems, "0 or a number of problems")
 
 
 @dataclass(frozen=True, kw_only=True)

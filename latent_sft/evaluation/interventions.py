@@ -8,12 +8,16 @@
 
 Thoughts are what a model was fed between prompt and `</think>`: latents, or the tokens of a written CoT. Where the
 accuracy stays the same whatever stands there, the model does not read it. Answers are decoded greedily.
+
+`latent_sweep` asks how the accuracy depends on the number of latents, fewer and more than in training.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from latent_sft.evaluation.answers import Grader, is_correct
 from latent_sft.evaluation.intervals import accuracy_error, derangement, paired_difference
 from latent_sft.inference.generate import Decoded, generate
+from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 
@@ -99,6 +104,44 @@ def intervene(
     asked = [name for name in names if name != "shuffle" or partner]
     table = {name: correct(name) for name in ("given", *asked)}
     return {name: _result(right, table["given"]) for name, right in table.items()}
+
+
+def latent_sweep(
+    thinker: Thinker,
+    spec: LatentSpec,
+    rows: Sequence[Mapping[str, Any]],
+    counts: Sequence[int],
+    *,
+    decode_text: Callable[[list[int]], str],
+    grader: Grader,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Return for each number of latents `accuracy` and `accuracy_se` where every problem is thought in so many.
+
+    Args:
+        thinker: one that thinks in latents: superpositions, whose end is then put off or brought forward, or hidden
+            states, which one after another can be more or fewer than in training.
+        spec: of the model.
+        rows: the problems (`prompt`, `reference`).
+        counts: numbers of latents.
+        decode_text: token ids to text.
+        grader: how answers are compared.
+        batch_size: problems decoded together.
+    """
+    found = {}
+    for count in counts:
+        how, limits = thinker, replace(spec, min_latents=count, max_latents=count)
+        if thinker.thoughts is not None:
+            shape, thoughts = thinker.thoughts.spec, copy.copy(thinker.thoughts)
+            thoughts.spec = replace(
+                shape, num_latents=count, iterations=count if shape.sequential else shape.iterations
+            )
+            how = thinker._replace(thoughts=thoughts)
+        decoded = solve(how, limits, rows, batch_size=batch_size, max_cot_tokens=count)
+        pairs = zip(decoded, rows, strict=True)
+        right = np.array([[is_correct(decode_text(d.answer_ids), r["reference"], grader) for d, r in pairs]], float)
+        found[str(count)] = {"accuracy": float(right.mean()), "accuracy_se": accuracy_error(right)}
+    return found
 
 
 @torch.inference_mode()

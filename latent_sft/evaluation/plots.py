@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ _INTERVENTIONS = {
     "truncate": ("first half", "#9aa3ad"),
 }
 STEPS, PASSES, SECONDS = "reasoning_steps_mean", "forward_passes_mean", "seconds_per_problem"
+POSITIONS, ALONE = "cache_positions_mean", "seconds_alone"
 # what accuracy is plotted against: key of a row -> label, and whether the axis is logarithmic
 AGAINST = {
     STEPS: ("reasoning steps per problem (latents or CoT tokens)", False),
     PASSES: ("forward passes per problem, prompt included", True),
-    SECONDS: ("seconds per problem", True),
+    POSITIONS: ("positions in the cache per problem", True),
+    SECONDS: ("seconds per problem, in full batches", True),
+    ALONE: ("seconds per problem, one at a time", True),
 }
 _INK, _LATENT = "#24292f", "#2f6fb0"
 _STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
@@ -53,6 +57,8 @@ def colours_of(rows: Sequence[Row]) -> dict[str, str]:
 def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
     """Plot accuracy against a cost, one panel per split, one labelled point with error bar per model.
 
+    A grey line is what the models without latents reach at most for a cost: a method wins above it.
+
     Args:
         rows: with `model, kind, split, accuracy, accuracy_se` and the key; error bars are one standard error.
         key: of AGAINST.
@@ -72,6 +78,10 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
         error = row.get("accuracy_se") or 0.0
         panels[row["split"]].errorbar(row[key], row["accuracy"], yerr=error, fmt="o", capsize=3, **look)
     for split, axes in panels.items():
+        written = sorted((r[key], r["accuracy"]) for r in rows if r["split"] == split and not r.get("latent_steps_max"))
+        if len(written) > 1:
+            best = list(accumulate((height for _, height in written), max))
+            axes.step([cost for cost, _ in written], best, where="post", color="#9aa3ad", lw=1.2, ls="--", zorder=1)
         axes.set_title(split)
         axes.set_xlabel(label)
         _percent_axis(axes, [r["accuracy"] for r in rows])
@@ -144,6 +154,32 @@ def accuracy_by_cot_steps(rows: Sequence[Row]) -> Figure | None:
     axes.set_xlabel("steps of the gold CoT")
     axes.set_ylabel("accuracy")
     _percent_axis(axes, [group["accuracy"] for line in lines.values() for group in line.values()])
+    axes.legend(**_MODEL_LEGEND)
+    return figure
+
+
+@matplotlib.rc_context(fname=_STYLE)
+def accuracy_by_latents(rows: Sequence[Row]) -> Figure | None:
+    """Plot accuracy against the number of latents it is made to think in, one line per model.
+
+    Args:
+        rows: of one split, with `model, latent_sweep`; a ring is the model's own number of latents and accuracy.
+    """
+    rows = [r for r in rows if r.get("latent_sweep")]
+    if not rows:
+        return None
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes, colours = figure.subplots(), colours_of(rows)
+    for row in rows:
+        counts, colour = sorted(row["latent_sweep"], key=int), colours[row["model"]]
+        heights, errors = _accuracies([row["latent_sweep"][n] for n in counts])
+        look = {"color": colour, "marker": "o", "markersize": 4.5, "elinewidth": 1.0, "capsize": 2}
+        axes.errorbar([int(n) for n in counts], heights, yerr=errors, label=row["model"], **look)
+        axes.plot(row["latent_steps_mean"], row["accuracy"], marker="o", ms=10, mfc="none", color=colour)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("latents, as many for every problem (ring: the model's own choice)")
+    axes.set_ylabel("accuracy")
+    _percent_axis(axes, [found["accuracy"] for r in rows for found in r["latent_sweep"].values()])
     axes.legend(**_MODEL_LEGEND)
     return figure
 

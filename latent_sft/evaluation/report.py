@@ -34,6 +34,15 @@ from latent_sft.methods import MODELS
 from latent_sft.runs import write_atomically, write_json
 from latent_sft.variants import Job
 
+# what accuracy is plotted against -> PNG file, or none
+RUN_COSTS = {plots.STEPS: "accuracy_vs_steps.png", plots.PASSES: ""}
+COMPARISON_COSTS = {
+    plots.PASSES: "accuracy-vs-forward-passes.png",
+    plots.POSITIONS: "accuracy-vs-cache-positions.png",
+    plots.SECONDS: "accuracy-vs-seconds.png",
+    plots.ALONE: "accuracy-vs-seconds-alone.png",
+}
+
 
 class Picture(NamedTuple):
     """A figure; with a file name it is also written as a PNG, for the Markdown."""
@@ -67,7 +76,7 @@ def write_report(run_dir: str | Path, *, title: str) -> Path:
     rows = [evaluation.row for evaluation in run.evaluations]
     stem = Path(run_dir) / "report" / "report"
     write_json(stem.with_suffix(".json"), {"title": title, "run": str(run_dir), "results": rows, "stages": run.stages})
-    sections = sections_of("run", rows, {plots.STEPS: "accuracy_vs_steps.png", plots.PASSES: ""}, run)
+    sections = sections_of("run", rows, RUN_COSTS, run)
     return _write(stem, title, rows, sections, config=run.config)
 
 
@@ -85,8 +94,7 @@ def write_comparison(config: Config, jobs: Sequence[Job]) -> Path:
     stem = Path(config.directory) / "comparison"
     found = {"title": config.name, "split": rows[0]["split"], "rows": rows, "missing": missing}
     write_json(stem.with_suffix(".json"), found)
-    files = {plots.PASSES: "accuracy-vs-forward-passes.png", plots.SECONDS: "accuracy-vs-seconds.png"}
-    return _write(stem, config.name, rows, sections_of("comparison", rows, files), missing=missing)
+    return _write(stem, config.name, rows, sections_of("comparison", rows, COMPARISON_COSTS), missing=missing)
 
 
 def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: Run | None = None) -> list[Section]:
@@ -104,6 +112,7 @@ def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: R
         for key, file in costs.items()
     ]
     by_steps = Picture(plots.accuracy_by_cot_steps(first), f"Accuracy by steps of the gold CoT, {first[0]['split']}.")
+    sweep = Picture(plots.accuracy_by_latents(first), f"Accuracy by number of latents, {first[0]['split']}.")
     spread = "with one standard error" if run else "mean over seeds"
     caption = f"Accuracy after each intervention, {first[0]['split']}, {spread}."
     bars = Picture(plots.interventions(first), caption, "" if run else "interventions.png")
@@ -120,6 +129,7 @@ def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: R
         Section("differences", difference_table(rows)),
         Section("cost", pictures=costly),
         Section("difficulty", pictures=[by_steps]),
+        Section("number of latents", pictures=[sweep]),
         Section("interventions", intervention_table(rows), [bars]),
         Section("training", pictures=training),
         Section("latents", latent_table(rows), latents=latents),

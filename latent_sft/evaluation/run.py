@@ -18,10 +18,11 @@ from latent_sft.data.dataset import skipped_rows
 from latent_sft.errors import ConfigError, did_you_mean
 from latent_sft.evaluation.agreement import agreement, span_agreement
 from latent_sft.evaluation.answers import answer_text
-from latent_sft.evaluation.interventions import check_given, intervene
+from latent_sft.evaluation.interventions import check_given, intervene, latent_sweep
 from latent_sft.evaluation.score import score
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
+from latent_sft.method.types import Soft
 from latent_sft.methods import MODELS, method_of
 from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
@@ -137,6 +138,16 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     summary |= agreement(first, rows)
     if thinker.spans_of is not None:
         summary |= span_agreement(first, rows, thinker.spans_of)
+    if settings.latency_problems:
+        alone = rows[: settings.latency_problems]
+        began = time.perf_counter()
+        solve(thinker, work.spec, alone, batch_size=1, max_cot_tokens=settings.max_cot_tokens)
+        summary["seconds_alone"] = (time.perf_counter() - began) / len(alone)
+    sweeps = first[0].latent_ids is not None and thinker.oracle is None and not isinstance(thinker.mixture, Soft)
+    if settings.latent_sweep and sweeps:
+        summary["latent_sweep"] = latent_sweep(
+            thinker, work.spec, rows, settings.latent_sweep, batch_size=settings.batch_size, **grading
+        )
     names = _interventions(work, name, split)
     if names:
         found = intervene(thinker.lm, work.spec, rows, first, names=names, batch_size=settings.batch_size, **grading)

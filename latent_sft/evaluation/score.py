@@ -52,11 +52,11 @@ def score(
     Returns:
         `(summary, problems)`. The summary has, where defined: `accuracy` (mean over all samples), `accuracy_se` (over
         problems), `num_examples`, `samples_per_problem`, `grader`, `reasoning_steps_mean` (latent steps or explicit
-        tokens), `{latent_steps,explicit_tokens,answer_tokens,forward_passes}_{mean,max}`, `finished_share`,
-        `seconds_per_problem`, `pass_at` {k: value}, `accuracy_by_steps` {number of CoT steps: {accuracy,
-        accuracy_se, num_examples}}, `accuracy_by_position` {position of an answer token, from 1: {accuracy,
-        num_examples}}; and for latent thinking `latent_entropy_mean` (nats), `end_top1_share` (latents whose top-1 is
-        the first token of `</think>`), `ecr` {K: value}.
+        tokens), `{latent_steps,explicit_tokens,answer_tokens,forward_passes,cache_positions}_{mean,max}`,
+        `finished_share`, `seconds_per_problem`, `pass_at` {k: value}, `accuracy_by_steps` {number of CoT steps:
+        {accuracy, accuracy_se, num_examples}}, `accuracy_by_position` {position of an answer token, from 1:
+        {accuracy, num_examples}}; and for latent thinking `latent_entropy_mean` (nats), `end_top1_share` (latents
+        whose top-1 is the first token of `</think>`), `ecr` {K: value}.
         One record of `problems` a sample, in order; see `_record`.
 
     Raises:
@@ -70,6 +70,7 @@ def score(
             rows[number // samples_per_problem],
             sample_number=number % samples_per_problem,
             with_latents=number % samples_per_problem == 0 and number // samples_per_problem < heatmap_problems,
+            end=len(spec.end_think_ids),
             decode_text=decode_text,
             grader=grader,
         )
@@ -88,7 +89,7 @@ def score(
         "grader": grader,
         "reasoning_steps_mean": _mean([s.num_steps for s in decoded]),
     }
-    for name in ("latent_steps", "explicit_tokens", "answer_tokens", "forward_passes"):
+    for name in ("latent_steps", "explicit_tokens", "answer_tokens", "forward_passes", "cache_positions"):
         counts = [p[name] for p in problems]
         summary |= {f"{name}_mean": _mean(counts), f"{name}_max": max(counts)}
     summary |= {
@@ -112,6 +113,7 @@ def _record(
     *,
     sample_number: int,
     with_latents: bool,
+    end: int,
     decode_text: Callable[[list[int]], str],
     grader: Grader,
 ) -> dict[str, Any]:
@@ -130,6 +132,7 @@ def _record(
         "explicit_tokens": 0 if is_latent else sample.num_steps,
         "answer_tokens": len(sample.answer_ids),
         "forward_passes": sample.forward_passes,
+        "cache_positions": len(row.get("prompt", ())) + sample.num_steps + len(sample.answer_ids) + end,
     }
     if with_latents:
         record["problem"] = row["problem"]

@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from latent_sft.evaluation.interventions import check_given, intervene, thought
+from latent_sft.evaluation import interventions
+from latent_sft.evaluation.answers import is_correct
+from latent_sft.evaluation.interventions import check_given, intervene, latent_sweep, thought
 from latent_sft.inference.generate import Decoded, generate
-from latent_sft.method.types import LatentSpec, Soft, ThoughtSpec
+from latent_sft.inference.solve import Thinker, solve
+from latent_sft.method.types import LatentSpec, Soft, SpanCode, ThoughtSpec
 from latent_sft.models.thoughts import Thoughts
 
 SIZE, THINK, END, EOS, PAD = 16, 1, 2, 3, 0
@@ -207,6 +210,47 @@ def test_own_thoughts_fed_back_give_the_same_answers(name, random_model, caplog)
     with caplog.at_level(logging.WARNING):
         check_given(found, normal, "x")
     assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["latent", "spans", "sequential", "jacobi"])
+def test_a_sweep_thinks_in_as_many_latents_as_it_is_told(name, random_model, monkeypatch):
+    """With the number of latents that a model takes by itself, its accuracy is its own."""
+    spec = LatentSpec(
+        think_ids=(1,), end_think_ids=(2, 5), eos_id=3, pad_id=0, vocab_size=40, top_k=4, max_latents=3, min_latents=3,
+        max_answer_tokens=6,
+    )  # fmt: skip
+    options = {
+        "latent": {"kind": "latent"},
+        "spans": {"kind": "spans", "mixture": SpanCode(rho=0.5, longest=3)},
+        "sequential": {"kind": "continuous", "thoughts": (3, 3)},
+        "jacobi": {"kind": "continuous", "thoughts": (3, 2)},
+    }[name]
+    if "thoughts" in options:
+        torch.manual_seed(1)
+        shape = ThoughtSpec(num_latents=options["thoughts"][0], iterations=options["thoughts"][1])
+        options["thoughts"] = Thoughts(shape, torch.randn(32))
+    thinker = Thinker(lm=random_model, **options)
+    torch.manual_seed(2)
+    rows = [{"prompt": [*torch.randint(6, 40, (n,)).tolist(), 1], "reference": "x"} for n in (3, 7, 5, 4, 9, 6)]
+    own = solve(thinker, spec, rows, batch_size=3, max_cot_tokens=9)
+    for row, sample in zip(rows[::2], own[::2], strict=True):
+        row["reference"] = " ".join(map(str, sample.answer_ids)) or "x"
+    seen, inner = {}, interventions.solve
+
+    def watched(how, limits, *args, **more):
+        decoded = inner(how, limits, *args, **more)
+        seen[limits.max_latents] = {sample.num_steps for sample in decoded}
+        return decoded
+
+    monkeypatch.setattr(interventions, "solve", watched)
+    text = {"decode_text": lambda ids: " ".join(map(str, ids)), "grader": "text"}
+    found = latent_sweep(thinker, spec, rows, (1, 3, 5), batch_size=4, **text)
+    assert seen == {1: {1}, 3: {3}, 5: {5}} and found.keys() == {"1", "3", "5"}
+    pairs = zip(own, rows, strict=True)
+    right = [is_correct(text["decode_text"](s.answer_ids), r["reference"], "text") for s, r in pairs]
+    assert found["3"]["accuracy"] == pytest.approx(sum(right) / 6) and sum(right) >= 2
+    if thinker.thoughts is not None:
+        assert thinker.thoughts.spec.num_latents == 3  # the model itself is as it was
 
 
 def test_thoughts_as_embeddings(random_model):

@@ -301,3 +301,31 @@ def test_skipped_rows_stand_beside_the_accuracy_where_there_are_any():
     header, cells = result_table([rows[0], {**rows[1], "skipped": {"bad row": 1, "too long": 1200}}])
     assert header[2:5] == ["accuracy %", "n", "skipped"]
     assert [line[4] for line in cells] == ["–", "1,201 (1 bad row, 1,200 too long)"]
+
+
+def test_what_models_without_latents_reach_is_a_line_to_win_against():
+    rows = [
+        {
+            "model": name, "kind": "cot", "split": "test", "accuracy": height, plots.PASSES: cost,
+            "latent_steps_max": most,
+        }
+        for name, height, cost, most in (
+            ("no-cot", 0.1, 2, 0), ("short", 0.6, 9, 0), ("shorter", 0.5, 12, 0), ("cot", 1.0, 24, 0),
+            ("ours", 0.9, 6, 4),
+        )
+    ]  # fmt: skip
+    (line,) = [
+        line
+        for line in plots.accuracy_against(rows, plots.PASSES).axes[0].lines
+        if line.get_drawstyle() == "steps-post"
+    ]
+    assert [*line.get_xdata()] == [2, 9, 12, 24] and [*line.get_ydata()] == [0.1, 0.6, 0.6, 1.0]
+
+
+def test_accuracy_by_number_of_latents():
+    row = {"model": "ours", "kind": "latent-sft", "split": "test", "accuracy": 0.9, "latent_steps_mean": 3.4}
+    sweep = {"2": {"accuracy": 0.3, "accuracy_se": 0.1}, "10": {"accuracy": 0.8, "accuracy_se": 0.1}}
+    assert plots.accuracy_by_latents([row]) is None
+    axes = plots.accuracy_by_latents([{**row, "latent_sweep": sweep}, row]).axes[0]
+    points = [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
+    assert (2, 10, 0.3, 0.8) in points and (3.4, 0.9) in points

@@ -21,7 +21,7 @@ def evaluated(tiny_config, monkeypatch):
     """Return a function: overrides -> result file of an untrained `latent-sft`; it counts decodings in `.calls`."""
 
     def done(*overrides: str) -> dict:
-        config = tiny_config(*SETTINGS, *overrides)
+        config = tiny_config(*SETTINGS, "eval.latency_problems=0", *overrides)
         work = Workspace(config)
         step = work.step("stage2")
         if step.manifest() is None:
