@@ -197,11 +197,11 @@ def _run(args: argparse.Namespace) -> None:
 
     end_if_bound()
     if config.compare.variants:
-        from latent_sft.compare import run_comparison
+        from latent_sft.experiment.compare import run_comparison
 
         print(run_comparison(*_file(args)))
         return
-    from latent_sft.pipeline import run_experiment
+    from latent_sft.experiment.run import run_experiment
 
     run_experiment(config)
 
@@ -231,7 +231,7 @@ def _finish(args: argparse.Namespace) -> None:
 
 def _label(args: argparse.Namespace) -> None:
     config = _load_one(args)
-    from latent_sft.stores import make_labels
+    from latent_sft.experiment.stores import make_labels
 
     make_labels(config)
 
@@ -247,7 +247,7 @@ def _report(args: argparse.Namespace) -> None:
     config = _load(args)
     if config.compare.variants:
         from latent_sft.evaluation.report import write_comparison
-        from latent_sft.variants import jobs_of
+        from latent_sft.experiment.variants import jobs_of
 
         print(write_comparison(config, jobs_of(*_file(args))))
         return
@@ -291,7 +291,7 @@ def _export(args: argparse.Namespace) -> None:
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        from latent_sft.plan import chosen_export
+        from latent_sft.experiment.plan import chosen_export
 
         model, folder = chosen_export(config, args.model)
         out = export_run(config, model, out or Path(config.directory) / folder)
@@ -306,10 +306,10 @@ def _plan(args: argparse.Namespace) -> None:
     config = _load(args)
     if (args.gpus is None) != (args.gpu_memory is None):
         raise ConfigError("plan: --gpus and --gpu-memory belong together; give both or neither.")
-    from latent_sft.plan import plan, plan_comparison
+    from latent_sft.experiment.plan import plan, plan_comparison
 
     if config.compare.variants:
-        from latent_sft.variants import jobs_of
+        from latent_sft.experiment.variants import jobs_of
 
         if args.gpus is not None:
             raise ConfigError("plan: --gpus is for one experiment; this file is a comparison (compare.variants).")

@@ -30,9 +30,9 @@ from latent_sft.evaluation.tables import (
     latent_table,
     result_table,
 )
+from latent_sft.experiment.variants import Job
 from latent_sft.methods import MODELS
 from latent_sft.runs import write_atomically, write_json
-from latent_sft.variants import Job
 
 
 class Picture(NamedTuple):

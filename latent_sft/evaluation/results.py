@@ -22,10 +22,10 @@ import numpy as np
 
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
+from latent_sft.experiment.plan import models_of
+from latent_sft.experiment.variants import Job
 from latent_sft.methods import MODELS, STAGES
-from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, read_json
-from latent_sft.variants import Job
 
 Row = Mapping[str, Any]
 SPLITS = ("test", "validation")

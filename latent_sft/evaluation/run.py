@@ -20,12 +20,12 @@ from latent_sft.evaluation.agreement import agreement
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.interventions import check_given, intervene
 from latent_sft.evaluation.score import score
+from latent_sft.experiment.plan import models_of
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
 from latent_sft.methods import MODELS, method_of
-from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
-from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from latent_sft.config.load import load_config
 from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError
-from latent_sft.plan import steps
+from latent_sft.experiment.plan import steps
 
 
 @pytest.fixture

@@ -26,15 +26,15 @@ from latent_sft.data.prompts import build_spec, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.evaluation.run import evaluate
+from latent_sft.experiment.plan import exported, models_of, steps
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec
 from latent_sft.methods import MODELS, STAGES
 from latent_sft.methods.cot import ExplicitModel
 from latent_sft.methods.icot import AtRemoval, ICoTConfig, icot_batch, numbered, removed_at
-from latent_sft.plan import exported, models_of, steps
 from latent_sft.train.run import finish_stage, train_stage
 from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
-from latent_sft.workspace import Workspace
 
 END, EOS = (5, 6), 1
 SPEC = LatentSpec(think_ids=(4,), end_think_ids=END, eos_id=EOS, pad_id=0, vocab_size=29, top_k=4, max_answer_tokens=4)

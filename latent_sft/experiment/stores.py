@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from latent_sft.config.experiment import Config
 from latent_sft.data.labels import LabelRow, LabelWriter
+from latent_sft.experiment.workspace import Workspace, processes
 from latent_sft.methods import STAGES
 from latent_sft.methods.base import Store
 from latent_sft.runs import Step
-from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
 

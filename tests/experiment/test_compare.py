@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from latent_sft import cli, compare
+from latent_sft import cli
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ConfigError, TrainingError
-from latent_sft.pipeline import run_experiment
-from latent_sft.variants import jobs_of
+from latent_sft.experiment import compare
+from latent_sft.experiment.run import run_experiment
+from latent_sft.experiment.variants import jobs_of
 
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 FILE = """

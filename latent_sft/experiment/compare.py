@@ -19,10 +19,10 @@ from typing import NamedTuple
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import STOPPED, ArtefactError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_comparison
+from latent_sft.experiment.reuse import reuse_steps
+from latent_sft.experiment.variants import Job, jobs_of
 from latent_sft.launcher import bound_environ, exit_status
-from latent_sft.reuse import reuse_steps
 from latent_sft.runs import exclusive, write_atomically
-from latent_sft.variants import Job, jobs_of
 
 log = logging.getLogger(__name__)
 

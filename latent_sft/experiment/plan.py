@@ -8,9 +8,9 @@ from pathlib import Path
 
 from latent_sft.config.experiment import Config
 from latent_sft.errors import ConfigError
+from latent_sft.experiment.variants import Job
 from latent_sft.methods import MODELS, STAGES, method_of
 from latent_sft.runs import FINISHED, Step
-from latent_sft.variants import Job
 
 MEANINGS = {
     "eval": "accuracy and reasoning length of every trained model",

@@ -1,6 +1,6 @@
 """The plan is a shell script: right order, right quoting, honest about what is finished; and what a job will need.
 
-python tests/test_plan.py        # writes what the commands of docs/internals/plan.md print into that page
+python tests/experiment/test_plan.py        # writes what the commands of docs/internals/plan.md print into that page
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from latent_sft.config.load import load_config
 from latent_sft.config.schema import DataConfig, LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, LatentSFTError
+from latent_sft.experiment.plan import plan
 from latent_sft.forecast import forecast
 from latent_sft.methods.latent_sft import Stage1Config
-from latent_sft.plan import plan
 from latent_sft.runs import Step
 
 OFF, ON = TrainConfig(), TrainConfig(enabled=True)
@@ -140,7 +140,7 @@ def test_several_processes_are_announced(config: Config) -> None:
     assert text.count("# starts 8 processes with torchrun") == 6
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "internals" / "plan.md"
 EXAMPLE = re.compile(r"```console\n\$ latent-sft (.*)\n(?s:(.*?))```")
 GPUS = {"gpus": 2, "gpu_memory": 80.0}
@@ -152,7 +152,7 @@ def test_the_worked_plans_are_what_the_commands_print(number: int, monkeypatch: 
     examples = EXAMPLE.findall(PAGE.read_text())
     assert len(examples) == 3
     command, shown = examples[number]
-    assert table(command) == shown, "run python tests/test_plan.py"
+    assert table(command) == shown, "run python tests/experiment/test_plan.py"
 
 
 def table(command: str) -> str:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from latent_sft import pipeline
 from latent_sft.config.load import load_config
 from latent_sft.errors import TrainingError
+from latent_sft.experiment import run
 from latent_sft.runs import Step
 
 
@@ -17,10 +17,10 @@ from latent_sft.runs import Step
 def baseline(tmp_path, monkeypatch):
     """Return a function: Python code -> a baseline whose job runs that code."""
 
-    def make(code: str) -> pipeline._Baseline:
-        monkeypatch.setattr(pipeline, "build_command", lambda *_: [sys.executable, "-c", code])
+    def make(code: str) -> run._Baseline:
+        monkeypatch.setattr(run, "build_command", lambda *_: [sys.executable, "-c", code])
         step = Step(directory=tmp_path / "no-cot", inputs={})
-        return pipeline._Baseline(load_config(None), SimpleNamespace(step=lambda _: step, directory=tmp_path))
+        return run._Baseline(load_config(None), SimpleNamespace(step=lambda _: step, directory=tmp_path))
 
     return make
 

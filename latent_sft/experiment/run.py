@@ -14,14 +14,14 @@ from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.run import evaluate, evaluated_models
 from latent_sft.evaluation.tables import result_table
+from latent_sft.experiment.plan import exported, steps
+from latent_sft.experiment.stores import store_latents
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.export.checkpoint import export_run
 from latent_sft.launcher import bound_environ, build_command, start
 from latent_sft.methods import STAGES
-from latent_sft.plan import exported, steps
 from latent_sft.runs import exclusive, read_json, write_atomically, write_json
-from latent_sft.stores import store_latents
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ def run_experiment(config: Config) -> dict[str, Any]:
         ConfigError: the configuration is that of a comparison.
     """
     if config.compare.variants:
-        raise ConfigError("compare.variants: expected none here; latent_sft.compare.run_comparison runs a comparison.")
+        raise ConfigError(
+            "compare.variants: expected none here; latent_sft.experiment.compare.run_comparison runs a comparison."
+        )
     directory = Path(config.directory)
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
