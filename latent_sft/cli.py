@@ -247,7 +247,7 @@ def _report(args: argparse.Namespace) -> None:
     config = _load(args)
     if config.compare.variants:
         from latent_sft.evaluation.report import write_comparison
-        from latent_sft.experiment.variants import jobs_of
+        from latent_sft.experiment.compare import jobs_of
 
         print(write_comparison(config, jobs_of(*_file(args))))
         return
@@ -291,9 +291,7 @@ def _export(args: argparse.Namespace) -> None:
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        from latent_sft.experiment.plan import chosen_export
-
-        model, folder = chosen_export(config, args.model)
+        model, folder = config.chosen_export(args.model)
         out = export_run(config, model, out or Path(config.directory) / folder)
     print(out)
     if args.push_to_hub:
@@ -306,10 +304,10 @@ def _plan(args: argparse.Namespace) -> None:
     config = _load(args)
     if (args.gpus is None) != (args.gpu_memory is None):
         raise ConfigError("plan: --gpus and --gpu-memory belong together; give both or neither.")
-    from latent_sft.experiment.plan import plan, plan_comparison
+    from latent_sft.experiment.graph import plan, plan_comparison
 
     if config.compare.variants:
-        from latent_sft.experiment.variants import jobs_of
+        from latent_sft.experiment.compare import jobs_of
 
         if args.gpus is not None:
             raise ConfigError("plan: --gpus is for one experiment; this file is a comparison (compare.variants).")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.results import Row, Run, collect, read_run, rows_of
+from latent_sft.evaluation.results import Job, Row, Run, collect, read_run, rows_of
 from latent_sft.evaluation.tables import (
     Table,
     accuracy,
@@ -30,7 +30,6 @@ from latent_sft.evaluation.tables import (
     latent_table,
     result_table,
 )
-from latent_sft.experiment.variants import Job
 from latent_sft.methods import MODELS
 from latent_sft.runs import write_atomically, write_json
 

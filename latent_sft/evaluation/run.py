@@ -20,8 +20,7 @@ from latent_sft.evaluation.agreement import agreement
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.interventions import check_given, intervene
 from latent_sft.evaluation.score import score
-from latent_sft.experiment.plan import models_of
-from latent_sft.experiment.workspace import Workspace
+from latent_sft.experiment.workspace import Experiment, Workspace
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
 from latent_sft.methods import MODELS, method_of
@@ -58,10 +57,10 @@ def evaluate(
         if name not in MODELS:
             raise ConfigError(f"--model: unknown model {name!r}.{did_you_mean(name, MODELS, shown=len(MODELS))}")
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, stages in evaluated_models(work).items():
+    for name, stages in config.models().items():
         if models and name not in models:
             continue
-        source = stages[-1]
+        source = work.step(stages[-1])
         if not source.is_finished():
             source.results()  # says what to do
         for split in splits or config.eval.splits:
@@ -74,9 +73,15 @@ def evaluate(
     return found
 
 
-def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
-    """Return the models of an experiment and the training stages of each; the last one holds the weights."""
-    return {name: [work.step(stage) for stage in stages] for name, stages in models_of(work.config).items()}
+def decided_by(experiment: Experiment, name: str) -> dict[str, Any]:
+    """Return what decides the evaluations of a model, whatever the split, beside its weights and the problems."""
+    config = experiment.config
+    settings = dataclasses.asdict(config.eval)
+    sampling = () if config.eval.sample else ("temperature", "top_p", "latent_noise", "seed")
+    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
+        del settings[unused]
+    own = MODELS[name].identity(config.settings(method_of(name).settings))
+    return {"thinker": name, "eval": settings, "spec": experiment.of_spec, **own}
 
 
 def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any] | None:
@@ -147,21 +152,15 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
 
 
 def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
-    settings = dataclasses.asdict(work.config.eval) | {"interventions": _interventions(work, name, split)}
-    sampling = () if settings["sample"] else ("temperature", "top_p", "latent_noise", "seed")
-    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
-        del settings[unused]
-    inputs = {
+    decided = decided_by(work, name)
+    inputs = decided | {
         "model": source.outcome,
         "trained": source.results().get("ended"),  # the same stage may have been trained anew
-        "thinker": name,
         "split": split,
         "data": work.splits.sources.get(split, ""),
         "rows": fingerprint(list(work.data[split]["hash"])),  # as tokenised, and which of them
-        "eval": settings,
-        "spec": work.spec.to_dict(),
+        "eval": decided["eval"] | {"interventions": _interventions(work, name, split)},
     }
-    inputs |= MODELS[name].identity(work.config.settings(method_of(name).settings))
     return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
 
 

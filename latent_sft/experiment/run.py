@@ -1,33 +1,32 @@
-"""The whole experiment in one command: every enabled step in order, finished ones skipped, a summary at the end."""
+"""A whole experiment in one command: its graph is walked, finished steps are skipped, a summary stands at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latent_sft.config.experiment import Config
-from latent_sft.config.load import to_yaml
-from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
-from latent_sft.evaluation.report import write_report
-from latent_sft.evaluation.run import evaluate, evaluated_models
+from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError
 from latent_sft.evaluation.tables import result_table
-from latent_sft.experiment.plan import exported, steps
-from latent_sft.experiment.stores import store_latents
+from latent_sft.experiment.graph import Node, dependents, graph_of
 from latent_sft.experiment.workspace import Workspace
-from latent_sft.export.checkpoint import export_run
-from latent_sft.launcher import bound_environ, build_command, start
+from latent_sft.launcher import bound_environ, build_command, exit_status
 from latent_sft.methods import STAGES
-from latent_sft.runs import exclusive, read_json, write_atomically, write_json
-from latent_sft.train.run import train_stage
+from latent_sft.runs import CLAIM, holder, lock, read_json, write_json
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY = 0.2  # seconds
+
 
 def run_experiment(config: Config) -> dict[str, Any]:
-    """Run every enabled step of an experiment and write `<run>/summary.json`.
+    """Run every step of an experiment and write `<run>/summary.json`.
 
     Args:
         config: one experiment; a comparison is run by `compare.run_comparison`.
@@ -38,99 +37,155 @@ def run_experiment(config: Config) -> dict[str, Any]:
 
     Raises:
         ConfigError: the configuration is that of a comparison.
+        Exception: a step failed; what does not need it is finished.
     """
     if config.compare.variants:
-        raise ConfigError(
-            "compare.variants: expected none here; latent_sft.experiment.compare.run_comparison runs a comparison."
-        )
+        raise ConfigError("compare.variants: expected none here; experiment.compare.run_comparison runs a comparison.")
     directory = Path(config.directory)
     began, before = time.monotonic(), _seconds_so_far(directory)
     work = Workspace(config)
-    for split in work.data:
-        _ = work.data[split]  # a bad row of the test set must not show after the training
-    names = steps(config)
-    readers = {stage.reads.name: reader for reader, stage in STAGES.items() if stage.reads is not None}
-    with _Baseline(config, work) as baseline:
-        for number, name in enumerate(names, 1):
-            log.info("[%d/%d] %s", number, len(names), name)
-            if name in readers:
-                store_latents(work, readers[name])
-            elif name == "eval":
-                baseline.wait()
-                evaluate(config, work=work)
-            elif name == "report":
-                report = write_report(directory, title=config.name)
-            elif name == "export":
-                for model, folder in exported(config).items():
-                    export_run(config, model, directory / folder)
-            elif name == "no-cot" and config.launch.concurrent_baseline:
-                baseline.start()
-            else:
-                _train(config, name, work)
-            _save_seconds(directory, before + time.monotonic() - began)
-    summary = _summary(config, work, before + time.monotonic() - began)
+
+    def seconds() -> float:
+        return before + time.monotonic() - began
+
+    walk(graph_of(work), work, lambda: write_json(directory / "seconds.json", {"total_seconds": round(seconds(), 1)}))
+    summary = _summary(config, work, seconds())
     write_json(directory / "summary.json", summary)
-    _show(summary, report)
+    _show(summary, directory / "report" / "report.html")
     return summary
 
 
-def _train(config: Config, name: str, work: Workspace) -> None:
-    if config.launch.alone or work.step(name).is_finished():
-        with exclusive(work.step(name).directory):
-            train_stage(config, name, work)
-        return
-    path = work.directory / "config.yaml"
-    write_atomically(path, to_yaml(config))
-    status = start(build_command(name, path, [], config.launch))
-    if status == STOPPED:
-        raise Interrupted(f"{name}: stopped as told")
-    if status != 0:
-        raise TrainingError(
-            f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above."
-        )
+def walk(nodes: Mapping[str, Node], work: Workspace, made: Callable[[], None] = lambda: None) -> None:
+    """Make every node after those it needs, in order; what another process is making is waited for, others go first.
+
+    A mistake of the user ends the walk. A node that fails otherwise stops only what needs it.
+
+    Args:
+        nodes: of `graph_of`.
+        work: the opened experiment.
+        made: called after each node.
+
+    Raises:
+        Exception: that of the first node that failed, when all others are made.
+    """
+    left, failed, waited = list(nodes), list[Exception](), set[str]()
+    shown = {name: f"[{number}/{len(nodes)}] {name}" for number, name in enumerate(nodes, start=1)}
+    with _Beside(work) as beside:
+        while left:
+            ready = [name for name in left if name != beside.name and not set(nodes[name].needs) & set(left)]
+            if beside.has_ended():
+                name, make, claim = beside.name, beside.end, contextlib.nullcontext()
+            elif (found := _claimed(ready, nodes, work)) is not None:
+                name, claim = found
+                make = partial(nodes[name].make, work)
+                log.info("%s", shown[name])
+                if beside.takes(nodes, name):
+                    beside.start(name, claim)
+                    continue
+            else:
+                for name in set(ready) - waited:
+                    log.info("%s: waits for %s, which makes it", shown[name], holder(_claim_of(nodes[name], work)))
+                waited |= set(ready)
+                time.sleep(LOOK_EVERY)
+                continue
+            with claim:
+                error = _failure(make)
+            lost = [name]
+            if error is not None:
+                failed.append(error)
+                lost += dependents(nodes, name)
+                log.error("%s failed, and so %s left out: %s", name, ", ".join(lost[1:]) or "nothing else is", error)
+            left = [name for name in left if name not in lost]
+            made()
+    if failed:
+        raise failed[0]
 
 
-class _Baseline:
-    """The no-cot stage in a process of its own, beside the stages that do not wait for it."""
+def _claimed(ready: Iterable[str], nodes: Mapping[str, Node], work: Workspace) -> tuple[str, Any] | None:
+    """Return the first node that no other process is making, and the hold on it."""
+    for name in ready:
+        # what has no command is held by whoever opens it, what is made anew is this run's own
+        shared = nodes[name].command and nodes[name].inputs
+        claim = lock(_claim_of(nodes[name], work)) if shared else contextlib.nullcontext()
+        if claim is not None:
+            return name, claim
+    return None
 
-    def __init__(self, config: Config, work: Workspace) -> None:
-        self.step, self.job = work.step("no-cot"), None
-        self.console = self.step.directory / "console.log"
-        self.command = build_command("no-cot", work.directory / "config.yaml", [], config.launch)
 
-    def start(self) -> None:
-        """Start it, unless it is finished."""
-        if self.step.is_finished():
-            log.info("no-cot: finished already, skipped (%s)", self.step.directory)
-            return
-        log.info("no-cot: trains beside the next stages; its output is in %s", self.console)
+def _claim_of(node: Node, work: Workspace) -> Path:
+    return work.directory / node.folder / CLAIM
+
+
+def _failure(make: Callable[[], Any]) -> Exception | None:
+    try:
+        make()
+    except Exception as error:
+        if isinstance(error, LatentSFTError) and not isinstance(error, TrainingError):
+            raise  # a mistake of the user, who has to see it now
+        return error
+    return None
+
+
+class _Beside:
+    """A stage that only evaluations wait for, in a process of its own; one at a time (`launch.concurrent_baseline`)."""
+
+    def __init__(self, work: Workspace) -> None:
+        self.work, self.name = work, ""
+
+    @property
+    def console(self) -> Path:
+        """File of its output."""
+        return self.work.directory / self.name / "console.log"
+
+    def takes(self, nodes: Mapping[str, Node], name: str) -> bool:
+        """Return whether a stage is to run here."""
+        if self.name or name not in STAGES or not self.work.config.launch.concurrent_baseline:
+            return False
+        waiting = [node for node in nodes.values() if name in node.needs]
+        return all(node.command[0] == "eval" for node in waiting) and not self.work.step(name).is_finished()
+
+    def start(self, name: str, claim: Any) -> None:
+        """Start a stage; it stays claimed until it has ended."""
+        self.name, self.claim = name, claim
+        command = build_command(name, self.work.directory / "config.yaml", [], self.work.config.launch)
+        log.info("%s: trains beside the next steps; its output is in %s", name, self.console)
         self.console.parent.mkdir(parents=True, exist_ok=True)
         with open(self.console, "ab") as console:
-            self.job = subprocess.Popen(self.command, stdout=console, stderr=subprocess.STDOUT, env=bound_environ())
+            self.job = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=bound_environ())
 
-    def wait(self) -> None:
-        """Wait for its end; its failure is ours."""
-        if self.job is not None and self.job.wait() != 0:
-            raise TrainingError(f"no-cot: ended with status {self.job.returncode}; its messages are in {self.console}.")
+    def has_ended(self) -> bool:
+        """Return whether there is one, and it came to its end."""
+        return bool(self.name) and self.job.poll() is not None
 
-    def __enter__(self) -> _Baseline:
+    def end(self) -> None:
+        """Let go of it; its failure is ours."""
+        name, console, self.name = self.name, self.console, ""
+        self.claim.close()
+        status = exit_status(self.job.wait())
+        if status == STOPPED:
+            raise Interrupted(f"{name}: stopped as told")
+        if status != 0:
+            raise TrainingError(f"{name}: ended with status {status}; its messages are in {console}.")
+
+    def __enter__(self) -> _Beside:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.job is not None and self.job.poll() is None:
+        if self.name:
             self.job.terminate()  # the run failed or was interrupted; the stage resumes with the next one
             self.job.wait()
+            self.claim.close()
 
 
 def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
     split = "test" if "test" in config.eval.splits and "test" in work.data else "validation"
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
-    for name, stages in evaluated_models(work).items():
+    for name, stages in config.models().items():
         path = work.directory / "eval" / name / f"{split}.json"
         if not path.exists():
             continue  # a split without CoTs has nothing for stage 1
         result = read_json(path)["summary"]
-        trained = [stage.results() for stage in stages]
+        trained = [work.step(stage).results() for stage in stages]
         summary[name] = {
             "accuracy": result["accuracy"],
             "accuracy_se": result["accuracy_se"],
@@ -160,7 +215,3 @@ def _show(summary: dict[str, Any], report: Path) -> None:
 def _seconds_so_far(directory: Path) -> float:
     path = directory / "seconds.json"
     return float(read_json(path)["total_seconds"]) if path.exists() else 0.0
-
-
-def _save_seconds(directory: Path, seconds: float) -> None:
-    write_json(directory / "seconds.json", {"total_seconds": round(seconds, 1)})

@@ -18,8 +18,8 @@ from latent_sft import cli
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.experiment import compare
+from latent_sft.experiment.compare import jobs_of
 from latent_sft.experiment.run import run_experiment
-from latent_sft.experiment.variants import jobs_of
 
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 FILE = """

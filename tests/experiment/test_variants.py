@@ -13,9 +13,8 @@ from latent_sft import cli
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.config.schema import CompareConfig
 from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.experiment.plan import plan_comparison
-from latent_sft.experiment.reuse import reuse_steps
-from latent_sft.experiment.variants import jobs_of
+from latent_sft.experiment.compare import jobs_of
+from latent_sft.experiment.graph import plan_comparison
 from latent_sft.runs import Step, write_json
 
 FILE = """
