@@ -1,9 +1,10 @@
-"""Runs of a comparison as processes: order, failures, stopping, going on; and a real one from end to end."""
+"""Runs of a comparison: which steps they share; as processes: failures, stopping, going on; and a real one."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,14 @@ from conftest import TINY
 
 from latent_sft import cli
 from latent_sft.config.load import load_config, to_yaml
+from latent_sft.config.schema import CompareConfig
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.experiment import compare
 from latent_sft.experiment.compare import jobs_of
+from latent_sft.experiment.graph import plan_comparison
 from latent_sft.experiment.run import run_experiment
+from latent_sft.experiment.workspace import Workspace
+from latent_sft.runs import read_json
 
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]
 FILE = """
@@ -35,6 +40,157 @@ def path(tmp_path: Path) -> Path:
     found = tmp_path / "compare.yaml"
     found.write_text(FILE.format(folder=tmp_path))
     return found
+
+
+VARIANTS = """
+name: demo
+run_dir: {folder}/run
+compare:
+  seeds: [3, 5]
+  variants:
+    base: [stage2.enabled=false]
+    wide: [latent.rate=4, cot.max_steps=7]
+no_cot: {{}}
+cot: {{max_steps: 5}}
+stage1:
+stage2:
+"""
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> Path:
+    found = tmp_path / "variants.yaml"
+    found.write_text(VARIANTS.format(folder=tmp_path))
+    return found
+
+
+def test_every_variant_with_every_seed(variants, tmp_path):
+    jobs = jobs_of(variants)
+    assert [job.name for job in jobs] == ["base/seed-3", "wide/seed-3", "base/seed-5", "wide/seed-5"]
+    wide = jobs[3].config
+    assert (wide.seed, wide.latent.rate, wide.cot.max_steps, wide.stage2.enabled) == (5, 4, 7, True)
+    assert (wide.name, wide.directory) == ("demo-wide", f"{tmp_path}/run/wide/seed-5")
+    assert wide.compare == CompareConfig()  # or the run would be a comparison itself
+    assert (jobs[0].config.latent.rate, jobs[0].config.cot.max_steps, jobs[0].config.stage2.enabled) == (2, 5, False)
+
+
+def test_the_command_line_wins_over_a_variant_and_its_file(variants):
+    jobs = jobs_of(variants, ["cot.max_steps=1", "compare.seeds=[9]"])
+    assert [(job.config.seed, job.config.cot.max_steps, job.config.latent.rate) for job in jobs] == [
+        (9, 1, 2),
+        (9, 1, 4),
+    ]
+
+
+def test_a_job_is_what_its_file_says(variants, tmp_path):
+    for job in jobs_of(variants):
+        copy = tmp_path / "job.yaml"
+        copy.write_text(to_yaml(job.config))
+        assert load_config(copy) == job.config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("latent.rat=4", r"compare\.variants\.wide: .*'latent\.rat'\. Did you mean 'latent\.rate'"),
+        ("latent.rate=0", r"compare\.variants\.wide: latent\.rate: got 0"),
+        ("seed=4", r"compare\.variants\.wide: 'seed' is decided by the comparison"),
+        ("compare.jobs=4", r"compare\.variants\.wide: 'compare\.jobs' is decided by the comparison"),
+    ],
+)
+def test_a_mistake_in_any_variant_comes_before_anything_runs(variants, setting, message, capsys, tmp_path):
+    variants.write_text(variants.read_text().replace("latent.rate=4", setting))
+    with pytest.raises(ConfigError, match=message):
+        jobs_of(variants)
+    assert cli.main(["run", str(variants)]) == 2
+    assert "compare.variants.wide" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["train", "cot"], ["label"], ["eval"], ["export"]])
+def test_a_comparison_is_no_experiment(variants, words, capsys):
+    assert cli.main([*words, str(variants)]) == 2
+    error = capsys.readouterr().err
+    assert "is a comparison (compare.variants), expected one experiment" in error
+    assert "run/VARIANT/seed-N/config.yaml" in error
+
+
+def test_plan_lists_the_runs_and_which_steps_they_share(variants, capsys):
+    jobs = jobs_of(variants)
+    for job in jobs[1:3]:
+        job.directory.mkdir(parents=True)
+        (job.directory / "config.yaml").write_text(to_yaml(job.config))
+    (jobs[2].directory / "summary.json").write_text("{}")
+    lines = plan_comparison(load_config(variants), jobs, variants).splitlines()
+    first, second = (lines.index(f"# {n}. {job.name} [{how}]") for n, job, how in (
+        (1, jobs[0], "to do"), (2, jobs[1], "begun, not finished"),
+    ))  # fmt: skip
+    assert f"# 3. {jobs[2].name} [finished]" in lines and f"# 4. {jobs[3].name} [to do]" in lines
+    assert lines[first + 1 : first + 5] == [f"#      {name} [to do]" for name in ("base", "data", "no-cot", "cot")]
+    assert lines[second + 1 : second + 5] == [
+        "#      base as in base/seed-3",
+        "#      data [to do]",  # other latents are another spec
+        "#      no-cot as in base/seed-3",
+        "#      cot [to do]",
+    ]
+    assert lines[-1] == f"latent-sft run {variants}"
+    assert cli.main(["plan", str(variants)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    # finished with other settings is not finished
+    assert not jobs_of(variants, ["cot.max_steps=1"])[2].is_finished()
+
+
+def links(folder: Path) -> dict[str, str]:
+    """Return what a run shares: its place in the run, and the shared folder without its fingerprint."""
+    found = {path: os.readlink(path) for path in [*folder.iterdir(), *(folder / "eval").glob("*")] if path.is_symlink()}
+    return {str(path.relative_to(folder)): Path(to).name.rpartition("-")[0] for path, to in found.items()}
+
+
+def test_equal_steps_have_one_folder_and_everything_else_stays_in_its_run(variants, tmp_path):
+    jobs = jobs_of(variants)
+    compare.share(jobs, tmp_path / "run")
+    for job in jobs:
+        assert links(job.directory) == {"base": "base", "no-cot": "no-cot"}
+    one, two, other, _ = (job.directory for job in jobs)
+    assert (one / "base").resolve() == (two / "base").resolve() != (other / "base").resolve()
+    assert not os.readlink(one / "base").startswith("/")  # the whole can be moved
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_one_run_had_is_shared_once_another_needs_it(path, tmp_path, before):
+    """Adding a variant to a finished comparison trains nothing again; settings that changed are another folder."""
+    (old,) = jobs_of(path, ["compare.variants={base: [cot.max_steps=1]}", "compare.seeds=[0]"])
+    compare.share([old], tmp_path / "run")
+    assert not old.directory.exists()  # alone it shares nothing
+    (old.directory / "cot").mkdir(parents=True)
+    (old.directory / "cot" / "weights").touch()
+    (old.directory / "config.yaml").write_text(to_yaml(old.config))
+    if before:
+        (old.directory / "summary.json").touch()
+    settings = "compare.variants={base: [cot.max_steps=1], same: [cot.max_steps=1, stage1.noise_scale=1.0]}"
+    both = jobs_of(path, [settings, "compare.seeds=[0]", "cot.enabled=true"])
+    old = both[0]
+    if before:
+        (old.directory / "config.yaml").write_text(to_yaml(old.config))
+    for _ in range(2):  # a command that goes on finds the same
+        compare.share(both, tmp_path / "run")
+        # what is not known to be of these settings stays where it is
+        assert (old.directory / "cot").is_symlink() == before
+        assert (both[1].directory / "cot" / "weights").exists() == before
+    assert (old.directory / "cot" / "weights").exists()
+    changed = jobs_of(path, [settings.replace("max_steps=1", "max_steps=2"), "compare.seeds=[0]", "cot.enabled=true"])
+    compare.share(changed, tmp_path / "run")
+    assert not (changed[1].directory / "cot" / "weights").exists()
+    assert len(list((tmp_path / "run" / "shared").glob("cot-*/weights"))) == before
+
+
+def test_a_link_that_cannot_be_made_is_one_clear_error(path, tmp_path, monkeypatch, capsys):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert cli.main(["run", str(path)]) == 2
+    assert "could not be linked to ([Errno 1] Operation not permitted)" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -55,15 +211,13 @@ def scripted(monkeypatch, tmp_path):
 DONE = "(folder / 'summary.json').write_text('{}'); log.write('end ' + name + '\\n')"
 
 
-def test_the_first_variant_of_a_seed_comes_first_and_finished_runs_are_skipped(path, scripted, tmp_path, caplog):
+def test_a_variant_after_the_other_and_finished_runs_are_skipped(path, scripted, tmp_path, caplog):
     # the first two wait for each other, however slowly the machine starts them
     both = "pathlib.Path(log.name).read_text().count('begin base') >= 2"
     scripted(f"start = time.time()\nwhile not {both} and time.time() < start + 60: time.sleep(0.02)\n{DONE}")
     assert compare.run_comparison(path) == Path("comparison.html")
     lines = (tmp_path / "log").read_text().splitlines()
     assert sorted(lines[:2]) == ["begin base/seed-0", "begin base/seed-1"]  # two at once
-    for seed in (0, 1):
-        assert lines.index(f"end base/seed-{seed}") < lines.index(f"begin other/seed-{seed}")
     assert len(lines) == 8
     with caplog.at_level("INFO", logger="latent_sft"):
         compare.run_comparison(path)
@@ -72,6 +226,17 @@ def test_the_first_variant_of_a_seed_comes_first_and_finished_runs_are_skipped(p
     # other settings are another run
     compare.run_comparison(path, ["stage2.max_steps=3"])
     assert len((tmp_path / "log").read_text().splitlines()) == 16
+
+
+def test_without_locks_one_run_at_a_time(path, scripted, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("latent_sft.runs.fcntl.flock", refuse)
+    scripted(DONE)
+    compare.run_comparison(path)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["begin", "end"] * 4
 
 
 def test_a_failing_run_stops_no_other_and_is_named_with_its_log(path, scripted, tmp_path, capsys):
@@ -156,7 +321,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A comparison of two variants and two seeds by the real command."""
+    """A comparison of two variants and two seeds by the real command, killed once."""
     folder = tmp_path_factory.mktemp("comparison")
     config = load_config(None, [*SETTINGS, f"run_dir={folder / 'run'}"])
     text = to_yaml(config).replace(
@@ -165,6 +330,14 @@ def finished(tmp_path_factory) -> Path:
     )
     (folder / "small.yaml").write_text(text)
     words = [*COMMAND, "run", str(folder / "small.yaml")]
+    # killed as soon as the first shared stage trains, whoever trains it
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        end = time.monotonic() + 120
+        while not any(folder.glob("run/shared/cot-*/manifest.json")) and time.monotonic() < end and job.poll() is None:
+            time.sleep(0.02)
+        job.kill()
+    assert any(folder.glob("run/shared/cot-*/manifest.json"))
+    assert not (folder / "run/comparison.html").exists()
     done = subprocess.run(words, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"{folder / 'run/comparison.html'}\n"
@@ -194,15 +367,33 @@ def _evaluations(finished: Path, row: dict) -> list[Path]:
     return [run / f"seed-{seed}/eval/{row['kind']}/test.json" for seed in (0, 1)]
 
 
-def test_finished_steps_were_taken_over(finished):
+def test_what_both_variants_have_was_made_once(finished):
+    shared = {"base": "base", "cot": "cot", "data": "data", "eval/cot": "eval-cot"}
+    assert len(list((finished / "run/shared").iterdir())) == 2 * len(shared)
     for seed in (0, 1):
         one, two = (finished / f"run/{variant}/seed-{seed}" for variant in ("baselines", "latent"))
-        weights = "cot/final/model.safetensors"
-        assert os.path.samefile(one / weights, two / weights)
-        assert os.path.samefile(one / "eval/cot/test.json", two / "eval/cot/test.json")
-        assert "cot: finished already, skipped" in (two / "console.log").read_text()
+        assert links(one) == links(two) == shared
+        assert (one / "cot").resolve() == (two / "cot").resolve()
         assert not (two / "no-cot").exists()  # not part of that variant
-        assert not os.path.samefile(one / "config.yaml", two / "config.yaml")
+        trained = [line for run in (one, two) for line in (run / "console.log").read_text().splitlines()]
+        assert any("cot: finished already, skipped" in line for line in trained)
+        # every step of training once, in whichever process it was
+        steps = [json.loads(line) for line in (one / "cot/metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_fingerprints_say_the_same_as_the_links(finished):
+    """What the configuration tells to be equal is equal by the content of files; runs stay ordinary runs."""
+    for seed in (0, 1):
+        runs = [finished / f"run/{variant}/seed-{seed}" for variant in ("baselines", "latent")]
+        works = [Workspace(load_config(run / "config.yaml")) for run in runs]
+        assert works[0].step("cot").inputs == works[1].step("cot").inputs
+        assert all(work.step("cot").is_finished() for work in works)
+    assert cli.main(["eval", str(runs[1] / "config.yaml"), "--model", "cot"]) == 0
+    assert cli.main(["report", str(runs[1] / "config.yaml")]) == 0
+    assert cli.main(["export", str(runs[1] / "config.yaml"), "--out", str(finished / "export")]) == 0
+    shutil.copytree(runs[1], finished / "copy")  # links are followed: a run of its own
+    assert read_json(finished / "copy/cot/manifest.json")["status"] == "finished"
 
 
 def test_the_report_is_made_again_and_says_what_is_missing(finished, capsys):

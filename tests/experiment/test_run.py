@@ -118,7 +118,8 @@ STAGES = ("no-cot", "cot", "stage2: cot", "eval no-cot: no-cot", "eval cot: cot"
 
 def test_a_stage_that_only_evaluations_need_trains_beside_the_others(beside, tmp_path):
     graph = Graph(*STAGES)
-    code = f"import time, pathlib; print('hello')\nwhile not pathlib.Path({str(tmp_path)!r}, 'go').exists(): time.sleep(0.02)"
+    code = f"import time, pathlib; print('hello'); go = pathlib.Path({str(tmp_path / 'go')!r})"
+    code += "\nwhile not go.exists(): time.sleep(0.02)"
     graph["report"] = Node(
         name="report", meaning="", folder="report", command=("report",), needs=("eval cot",),
         make=lambda _: (graph.make("report"), (tmp_path / "go").touch()),
@@ -140,9 +141,8 @@ def test_a_failing_baseline_fails_the_run_and_names_its_console(beside, tmp_path
 def test_a_run_that_ends_takes_its_baseline_with_it(beside, tmp_path):
     graph = Graph(*STAGES)
     graph.errors["cot"] = KeyboardInterrupt()
-    code = "import time, signal; time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        beside(code, graph)
+        beside("import time; time.sleep(60)", graph)
     assert lock(tmp_path / "no-cot" / CLAIM) is not None
 
 
