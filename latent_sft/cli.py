@@ -185,12 +185,6 @@ def _load_one(args: argparse.Namespace) -> Config:
     return config
 
 
-def _file(args: argparse.Namespace) -> tuple[Path, Sequence[str]]:
-    from latent_sft.config.presets import resolve_config
-
-    return resolve_config(args.config), args.overrides
-
-
 def _run(args: argparse.Namespace) -> None:
     config = _load(args)
     from latent_sft.launcher import end_if_bound
@@ -199,7 +193,7 @@ def _run(args: argparse.Namespace) -> None:
     if config.compare.variants:
         from latent_sft.experiment.compare import run_comparison
 
-        print(run_comparison(*_file(args)))
+        print(run_comparison(args.config, args.overrides))
         return
     from latent_sft.experiment.run import run_experiment
 
@@ -208,15 +202,17 @@ def _run(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int | None:
     config = _load_one(args)
-    from latent_sft.launcher import relaunch_if_needed
+    from latent_sft.launcher import is_worker, relaunch_if_needed
+    from latent_sft.runs import CLAIM, exclusive
 
-    status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
-    if status is None:
-        from latent_sft.runs import exclusive
-        from latent_sft.train.run import train_stage
+    folder = Path(config.directory) / args.stage
+    with exclusive(folder, CLAIM, take=not is_worker()):
+        status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
+        if status is None:
+            from latent_sft.train.run import train_stage
 
-        with exclusive(Path(config.directory) / args.stage, take=os.environ.get("RANK", "0") == "0"):
-            train_stage(config, args.stage)
+            with exclusive(folder, take=os.environ.get("RANK", "0") == "0"):
+                train_stage(config, args.stage)
     return status
 
 
@@ -249,7 +245,7 @@ def _report(args: argparse.Namespace) -> None:
         from latent_sft.evaluation.report import write_comparison
         from latent_sft.experiment.compare import jobs_of
 
-        print(write_comparison(config, jobs_of(*_file(args))))
+        print(write_comparison(config, jobs_of(args.config, args.overrides)))
         return
     from latent_sft.evaluation.report import write_report
 
@@ -311,7 +307,7 @@ def _plan(args: argparse.Namespace) -> None:
 
         if args.gpus is not None:
             raise ConfigError("plan: --gpus is for one experiment; this file is a comparison (compare.variants).")
-        print(plan_comparison(config, jobs_of(*_file(args)), args.config, args.overrides), end="")
+        print(plan_comparison(config, jobs_of(args.config, args.overrides), args.config, args.overrides), end="")
         return
     print(plan(config, args.config, args.overrides), end="")
     if args.gpus is not None:

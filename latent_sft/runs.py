@@ -95,12 +95,14 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, take: bool = True) -> Iterator[None]:
+def exclusive(folder: Path, file: str = LOCK, *, take: bool = True, wait: float = 10.0) -> Iterator[None]:
     """Hold a folder against other jobs that would write into it; the hold ends with this process, however it ends.
 
     Args:
         folder: of a step; made if missing.
+        file: LOCK, who writes, or CLAIM, who is to make the step: that one may let another process write.
         take: whether this process does it (rank 0), or only passes through.
+        wait: seconds for the other one to end; a job that was just killed needs a moment to be gone.
 
     Raises:
         ArtefactError: another process holds the folder.
@@ -108,27 +110,14 @@ def exclusive(folder: Path, *, take: bool = True) -> Iterator[None]:
     if not take:
         yield
         return
-    for _ in range(50):  # a job that was just killed needs a moment to be gone
-        if (handle := lock(folder / LOCK)) is not None:
-            break
+    while (handle := lock(folder / file)) is None:
+        if wait <= 0:
+            holder = (folder / file).read_text(encoding="utf-8") or "unknown"
+            raise ArtefactError(
+                f"{folder}: another job is writing here ({holder}). Wait for it, end it, or use another run_dir."
+            )
         time.sleep(0.2)
-    else:
-        raise ArtefactError(
-            f"{folder}: another job is writing here ({holder(folder / LOCK)}). Wait for it, end it, or use another "
-            "run_dir."
-        )
-    with handle:
-        yield
-
-
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold what is made once for several runs, after whoever makes it now; unlike `exclusive` this waits.
-
-    A claim says who is to make a step, and its lock who writes: the process that claims may let another one write.
-    """
-    while (handle := lock(folder / CLAIM)) is None:
-        time.sleep(0.2)
+        wait -= 0.2
     with handle:
         yield
 
@@ -151,11 +140,6 @@ def lock(path: Path) -> IO[str] | None:
     handle.write(f"process {os.getpid()} on {socket.gethostname()}")
     handle.flush()
     return handle
-
-
-def holder(path: Path) -> str:
-    """Return in words who has locked a file."""
-    return path.read_text(encoding="utf-8") or "unknown"
 
 
 def environment() -> dict[str, Any]:

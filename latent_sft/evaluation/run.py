@@ -28,6 +28,8 @@ from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
+SAMPLING = ("temperature", "top_p", "latent_noise", "seed")
+
 
 def evaluate(
     config: Config,
@@ -77,8 +79,7 @@ def decided_by(experiment: Experiment, name: str) -> dict[str, Any]:
     """Return what decides the evaluations of a model, whatever the split, beside its weights and the problems."""
     config = experiment.config
     settings = dataclasses.asdict(config.eval)
-    sampling = () if config.eval.sample else ("temperature", "top_p", "latent_noise", "seed")
-    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
+    for unused in ("splits", "batch_size", "heatmap_problems", *(() if config.eval.sample else SAMPLING)):
         del settings[unused]
     own = MODELS[name].identity(config.settings(method_of(name).settings))
     return {"thinker": name, "eval": settings, "spec": experiment.of_spec, **own}
@@ -103,37 +104,17 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     if not rows:
         log.warning("eval: no row of %s has a CoT that %s could encode, skipped.", split, name)
         return None
-    sampling = None
-    if settings.sample:
-        sampling = Sampling(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            latent_noise=settings.latent_noise,
-            seed=settings.seed,
-        )
+    sampling = Sampling(**{key: getattr(settings, key) for key in SAMPLING}) if settings.sample else None
     step.begin(settings.seed)
     repeated = [row for row in rows for _ in range(settings.num_samples)]
     began = time.perf_counter()
     with tqdm(total=len(repeated), desc=f"eval {name} {split}", unit="problem") as bar:
-        decoded = solve(
-            thinker,
-            work.spec,
-            repeated,
-            batch_size=settings.batch_size,
-            max_cot_tokens=settings.max_cot_tokens,
-            sampling=sampling,
-            progress=bar.update,
-        )
+        limits = {"batch_size": settings.batch_size, "max_cot_tokens": settings.max_cot_tokens}
+        decoded = solve(thinker, work.spec, repeated, **limits, sampling=sampling, progress=bar.update)
+    seconds = time.perf_counter() - began
     grading = {"decode_text": _text_of(work), "grader": settings.grader}
-    summary, problems = score(
-        decoded,
-        rows,
-        spec=work.spec,
-        samples_per_problem=settings.num_samples,
-        wall_seconds=time.perf_counter() - began,
-        heatmap_problems=settings.heatmap_problems,
-        **grading,
-    )
+    counts = {"samples_per_problem": settings.num_samples, "heatmap_problems": settings.heatmap_problems}
+    summary, problems = score(decoded, rows, spec=work.spec, wall_seconds=seconds, **counts, **grading)
     if skipped:
         summary["skipped"] = skipped
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())

@@ -117,18 +117,12 @@ def share(jobs: Sequence[Job], directory: Path) -> None:
 
     Folders are named by the fingerprint of their step, so another setting is another folder, and what was there stays.
     A finished run is left as it is; what only it has so far becomes shared where another one has the same step now.
-
-    Raises:
-        ArtefactError: a link could not be made.
     """
     for key, places in together(sorted(jobs, key=lambda job: not job.is_finished())).items():
         name = places[0][1].folder.replace("/", "-")
         home = directory / "shared" / f"{name}-{key}"
-        try:
-            for job, node in places:
-                _link(job.directory / node.folder, home, wanted=len(places) > 1, finished=job.is_finished())
-        except OSError as error:
-            raise ArtefactError(f"{home}: could not be linked to ({error}).") from error
+        for job, node in places:
+            _link(job.directory / node.folder, home, wanted=len(places) > 1, finished=job.is_finished())
 
 
 def _link(own: Path, home: Path, *, wanted: bool, finished: bool) -> None:
@@ -181,14 +175,8 @@ def _start(job: Job) -> Running:
     environ = {**bound_environ(), "TQDM_DISABLE": "1"}  # a bar in a file is one endless line
     with open(job.console, "ab") as console:
         # a session of its own: Ctrl-C reaches this process alone, which hands on a signal that saves
-        process = subprocess.Popen(
-            command_of(path),
-            stdin=subprocess.DEVNULL,
-            stdout=console,
-            stderr=console,
-            env=environ,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": console}
+        process = subprocess.Popen(command_of(path), **streams, env=environ, start_new_session=True)
     return Running(job, process, time.monotonic())
 
 

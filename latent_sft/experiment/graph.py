@@ -48,10 +48,10 @@ class Node:
     meaning: str
     folder: str
     parts: tuple[str, ...] = ("",)
-    needs: tuple[str, ...] = ()
-    command: tuple[str, ...] = ()
+    needs: tuple[str, ...]
+    command: tuple[str, ...]
     inputs: Callable[[], Any] | None = None
-    make: Callable[[Workspace], Any] = lambda work: None
+    make: Callable[[Workspace], Any]
 
     def status(self, directory: Path) -> str:
         """Return whether it is finished, begun or to do, as its manifests say; whether they fit is seen on running."""
@@ -75,51 +75,38 @@ def graph_of(experiment: Experiment) -> dict[str, Node]:
     """
     config, nodes = experiment.config, dict[str, Node]()
 
-    def add(name: str, meaning: str, folder: str, needs: Iterable[str | None], **more: Any) -> None:
-        # what is not trained here has to be there already
-        nodes[name] = Node(
-            name=name, meaning=meaning, folder=folder, needs=tuple(n for n in needs if n in nodes), **more
-        )
+    def add(name: str, *needs: str | None, meaning: str, **more: Any) -> None:
+        earlier = tuple(n for n in needs if n in nodes)  # what is not trained here has to be there already
+        nodes[name] = Node(name=name, needs=earlier, meaning=meaning, **{"folder": name, "command": (name,), **more})
 
     if not config.model.name_or_path:
+        # opening an experiment makes it
         meaning = "tokenizer and initial weights of a tiny model"
-        add("base", meaning, "base", (), inputs=lambda: experiment.of_base)  # opening the experiment makes it
-    inputs = lambda: (experiment.of_data, experiment.of_base, experiment.of_spec)  # noqa: E731
-    add("data", "tokenised splits", "data", ["base"], parts=(), inputs=inputs, make=_tokenise)
+        add("base", meaning=meaning, command=(), inputs=lambda: experiment.of_base, make=lambda work: None)
+    add("data", "base", meaning="tokenised splits", parts=(), command=(), inputs=experiment.of_rows, make=_tokenise)
     for name, stage in STAGES.items():
         if not config.stage(name).enabled:
             continue
         store, needs = stage.reads, ["data", experiment.source_name(name)]
         if store is not None and store.name:
-            add(
-                store.name, store.meaning, store.folder, ["data", experiment.store_source_name(store)],
-                command=(store.name,),
-                inputs=lambda store=store: experiment.store_step(store).inputs,
-                make=partial(store_latents, name=name),
-            )  # fmt: skip
+            source, inputs = experiment.store_source_name(store), partial(_inputs, experiment.store_step, store)
+            make = partial(store_latents, name=name)
+            add(store.name, "data", source, meaning=store.meaning, folder=store.folder, inputs=inputs, make=make)
             needs.append(store.name)
-        inputs = lambda name=name: experiment.step(name).inputs  # noqa: E731
-        add(name, stage.meaning, name, needs, command=("train", name), inputs=inputs, make=partial(train, name))
+        inputs = partial(_inputs, experiment.step, name)
+        add(name, *needs, meaning=stage.meaning, command=("train", name), inputs=inputs, make=partial(train, name))
     if not set(nodes) & set(STAGES):
         raise ConfigError("no stage is enabled; expected one to be named, for example cot: {} in the file, or cot={}.")
     splits = tuple(split for split in config.eval.splits if split != "test" or config.data.test)
-    models = config.models()
-    for model, stages in models.items():
-        source = stages[-1]
-        add(
-            f"eval {model}", f"accuracy and reasoning length of {model}", f"eval/{model}", ["data", source],
-            parts=splits,
-            command=("eval", "--model", model),
-            inputs=lambda model=model, source=source: [experiment.step(source).inputs, decided_by(experiment, model)],
-            make=partial(_evaluate, model),
-        )  # fmt: skip
-    evaluations = [f"eval {model}" for model in models]
+    for name, stages in config.models().items():
+        known = {"parts": splits, "folder": f"eval/{name}", "command": ("eval", "--model", name)}
+        known |= {"inputs": partial(_inputs_of_eval, experiment, name), "make": partial(_evaluate, name)}
+        add(f"eval {name}", "data", stages[-1], meaning=f"accuracy and reasoning length of {name}", **known)
     meaning = "tables and plots of the whole experiment"
-    add("report", meaning, "report", evaluations, parts=(), command=("report",), make=_report)
-    for model, folder in config.exports().items():
-        command = ("export",) if folder == "export" else ("export", "--model", model)
-        meaning, needs = f"a plain Hugging Face folder of {model}", [models[model][-1], f"eval {model}"]
-        add(folder, meaning, folder, needs, parts=(), command=command, make=partial(_export, model, folder))
+    add("report", *(f"eval {name}" for name in config.models()), meaning=meaning, parts=(), make=_report)
+    for name, folder in config.exports().items():
+        known = {"parts": (), "command": ("export", "--model", name), "make": partial(_export, name, folder)}
+        add(folder, config.models()[name][-1], f"eval {name}", meaning=f"a Hugging Face folder of {name}", **known)
     return nodes
 
 
@@ -202,9 +189,15 @@ def train(name: str, work: Workspace) -> None:
     if status == STOPPED:
         raise Interrupted(f"{name}: stopped as told")
     if status != 0:
-        raise TrainingError(
-            f"{name}: the {config.launch.nproc}-process job ended with status {status}; see its messages above."
-        )
+        raise TrainingError(f"{name}: {config.launch.nproc} processes ended with status {status}; see above.")
+
+
+def _inputs(step: Callable[[Any], Step], of: Any) -> Any:
+    return step(of).inputs
+
+
+def _inputs_of_eval(experiment: Experiment, name: str) -> Any:
+    return experiment.step(experiment.config.models()[name][-1]).inputs, decided_by(experiment, name)
 
 
 def _tokenise(work: Workspace) -> None:
@@ -212,13 +205,13 @@ def _tokenise(work: Workspace) -> None:
         _ = work.data[split]  # a bad row of the test set must not show after the training
 
 
-def _evaluate(model: str, work: Workspace) -> None:
-    evaluate(work.config, [model], work=work)
+def _evaluate(name: str, work: Workspace) -> None:
+    evaluate(work.config, [name], work=work)
 
 
 def _report(work: Workspace) -> None:
     write_report(work.directory, title=work.config.name)
 
 
-def _export(model: str, folder: str, work: Workspace) -> None:
-    export_run(work.config, model, work.directory / folder)
+def _export(name: str, folder: str, work: Workspace) -> None:
+    export_run(work.config, name, work.directory / folder)

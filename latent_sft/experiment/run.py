@@ -5,24 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from latent_sft.config.experiment import Config
-from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError
+from latent_sft.errors import ConfigError, LatentSFTError, TrainingError
 from latent_sft.evaluation.tables import result_table
 from latent_sft.experiment.graph import Node, dependents, graph_of
 from latent_sft.experiment.workspace import Workspace
-from latent_sft.launcher import bound_environ, build_command, exit_status
+from latent_sft.launcher import bound_environ
 from latent_sft.methods import STAGES
-from latent_sft.runs import CLAIM, holder, lock, read_json, write_json
+from latent_sft.runs import CLAIM, lock, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.2  # seconds
+SHOWN = (
+    "accuracy", "accuracy_se", "num_examples", "skipped", "reasoning_steps_mean", "forward_passes_mean",
+    "seconds_per_problem",
+)  # fmt: skip
 
 
 def run_experiment(config: Config) -> dict[str, Any]:
@@ -68,113 +72,67 @@ def walk(nodes: Mapping[str, Node], work: Workspace, made: Callable[[], None] = 
     Raises:
         Exception: that of the first node that failed, when all others are made.
     """
-    left, failed, waited = list(nodes), list[Exception](), set[str]()
+    failed, waited = list[Exception](), set[str]()
     shown = {name: f"[{number}/{len(nodes)}] {name}" for number, name in enumerate(nodes, start=1)}
-    with _Beside(work) as beside:
+    with _beside(nodes, work) as left:
         while left:
-            ready = [name for name in left if name != beside.name and not set(nodes[name].needs) & set(left)]
-            if beside.has_ended():
-                name, make, claim = beside.name, beside.end, contextlib.nullcontext()
-            elif (found := _claimed(ready, nodes, work)) is not None:
-                name, claim = found
-                make = partial(nodes[name].make, work)
-                log.info("%s", shown[name])
-                if beside.takes(nodes, name):
-                    beside.start(name, claim)
-                    continue
-            else:
+            ready = [name for name in left if not set(nodes[name].needs) & set(left)]
+            claims = ((name, claim) for name in ready if (claim := _claim(nodes[name], work)) is not None)
+            name, claim = next(claims, ("", None))
+            if claim is None:
                 for name in set(ready) - waited:
-                    log.info("%s: waits for %s, which makes it", shown[name], holder(_claim_of(nodes[name], work)))
+                    log.info("%s: waits for another process, which makes it", shown[name])
                 waited |= set(ready)
                 time.sleep(LOOK_EVERY)
                 continue
-            with claim:
-                error = _failure(make)
+            log.info("%s", shown[name])
             lost = [name]
-            if error is not None:
-                failed.append(error)
-                lost += dependents(nodes, name)
-                log.error("%s failed, and so %s left out: %s", name, ", ".join(lost[1:]) or "nothing else is", error)
+            with claim:
+                try:
+                    nodes[name].make(work)
+                except Exception as error:
+                    if isinstance(error, LatentSFTError) and not isinstance(error, TrainingError):
+                        raise  # a mistake of the user, who has to see it now
+                    failed.append(error)
+                    lost += dependents(nodes, name)
+                    log.error("%s failed, left out: %s (%s)", name, ", ".join(lost[1:]) or "nothing else", error)
             left = [name for name in left if name not in lost]
             made()
     if failed:
         raise failed[0]
 
 
-def _claimed(ready: Iterable[str], nodes: Mapping[str, Node], work: Workspace) -> tuple[str, Any] | None:
-    """Return the first node that no other process is making, and the hold on it."""
-    for name in ready:
-        # what has no command is held by whoever opens it, what is made anew is this run's own
-        shared = nodes[name].command and nodes[name].inputs
-        claim = lock(_claim_of(nodes[name], work)) if shared else contextlib.nullcontext()
-        if claim is not None:
-            return name, claim
-    return None
+def _claim(node: Node, work: Workspace) -> Any:
+    # what has no command is held by whoever opens it, and what is always made anew is this run's own
+    if not node.command or node.inputs is None:
+        return contextlib.nullcontext()
+    return lock(work.directory / node.folder / CLAIM)
 
 
-def _claim_of(node: Node, work: Workspace) -> Path:
-    return work.directory / node.folder / CLAIM
+@contextlib.contextmanager
+def _beside(nodes: Mapping[str, Node], work: Workspace) -> Iterator[list[str]]:
+    """Yield the order of nodes; with `launch.concurrent_baseline` a process of its own begins with one that comes last.
 
-
-def _failure(make: Callable[[], Any]) -> Exception | None:
+    That is the first stage to train that only evaluations need. Should it fail there, it is made here after all.
+    """
+    evals = {name for name, node in nodes.items() if node.command[:1] == ("eval",)}
+    lone = [n for n in nodes if n in STAGES and {m for m in nodes if n in nodes[m].needs} <= evals]
+    name = next((n for n in lone if work.config.launch.concurrent_baseline and not work.step(n).is_finished()), None)
+    if name is None:
+        yield list(nodes)
+        return
+    console = work.directory / name / "console.log"
+    console.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "latent_sft.cli", "train", name, str(work.directory / "config.yaml")]
+    log.info("%s: trains beside the other steps; its output is in %s", name, console)
+    with open(console, "ab") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=bound_environ())
+    last = [name, *dependents(nodes, name)]
     try:
-        make()
-    except Exception as error:
-        if isinstance(error, LatentSFTError) and not isinstance(error, TrainingError):
-            raise  # a mistake of the user, who has to see it now
-        return error
-    return None
-
-
-class _Beside:
-    """A stage that only evaluations wait for, in a process of its own; one at a time (`launch.concurrent_baseline`)."""
-
-    def __init__(self, work: Workspace) -> None:
-        self.work, self.name = work, ""
-
-    @property
-    def console(self) -> Path:
-        """File of its output."""
-        return self.work.directory / self.name / "console.log"
-
-    def takes(self, nodes: Mapping[str, Node], name: str) -> bool:
-        """Return whether a stage is to run here."""
-        if self.name or name not in STAGES or not self.work.config.launch.concurrent_baseline:
-            return False
-        waiting = [node for node in nodes.values() if name in node.needs]
-        return all(node.command[0] == "eval" for node in waiting) and not self.work.step(name).is_finished()
-
-    def start(self, name: str, claim: Any) -> None:
-        """Start a stage; it stays claimed until it has ended."""
-        self.name, self.claim = name, claim
-        command = build_command(name, self.work.directory / "config.yaml", [], self.work.config.launch)
-        log.info("%s: trains beside the next steps; its output is in %s", name, self.console)
-        self.console.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.console, "ab") as console:
-            self.job = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=bound_environ())
-
-    def has_ended(self) -> bool:
-        """Return whether there is one, and it came to its end."""
-        return bool(self.name) and self.job.poll() is not None
-
-    def end(self) -> None:
-        """Let go of it; its failure is ours."""
-        name, console, self.name = self.name, self.console, ""
-        self.claim.close()
-        status = exit_status(self.job.wait())
-        if status == STOPPED:
-            raise Interrupted(f"{name}: stopped as told")
-        if status != 0:
-            raise TrainingError(f"{name}: ended with status {status}; its messages are in {console}.")
-
-    def __enter__(self) -> _Beside:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.name:
-            self.job.terminate()  # the run failed or was interrupted; the stage resumes with the next one
-            self.job.wait()
-            self.claim.close()
+        yield [*(n for n in nodes if n not in last), *last]
+    finally:
+        job.terminate()  # where the run ends before it, it saves and resumes with the next one
+        job.wait()
 
 
 def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
@@ -186,14 +144,7 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
             continue  # a split without CoTs has nothing for stage 1
         result = read_json(path)["summary"]
         trained = [work.step(stage).results() for stage in stages]
-        summary[name] = {
-            "accuracy": result["accuracy"],
-            "accuracy_se": result["accuracy_se"],
-            "num_examples": result["num_examples"],
-            **({"skipped": result["skipped"]} if result.get("skipped") else {}),
-            "reasoning_steps_mean": result["reasoning_steps_mean"],
-            "forward_passes_mean": result["forward_passes_mean"],
-            "seconds_per_problem": result["seconds_per_problem"],
+        summary[name] = {key: result[key] for key in SHOWN if key in result} | {
             "train_seconds": round(sum(t["train_seconds"] for t in trained), 1),
             "examples_seen": sum(t["examples_seen"] for t in trained),
         }

@@ -113,8 +113,5 @@ def _write_missing(work: Workspace, name: str, rank: int, world_size: int) -> No
             order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
             batch_size = work.config.labels.batch_size
             latents = dict(zip(order, store.encode(model, [rows[i] for i in order], batch_size), strict=True))
-            writer.write(
-                shard,
-                [LabelRow(id=r["id"], hash=r["hash"], latents=latents[i]) for i, r in enumerate(rows)],
-            )
+            writer.write(shard, [LabelRow(id=r["id"], hash=r["hash"], latents=latents[i]) for i, r in enumerate(rows)])
             bar.update(len(rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -41,7 +42,7 @@ from latent_sft.models.load import (
     weights_fingerprint,
 )
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.runs import GivenStep, Step, claimed, fingerprint, write_atomically
+from latent_sft.runs import CLAIM, GivenStep, Step, exclusive, fingerprint, write_atomically
 
 # settings that say how a stage is watched or run, not what it computes
 _WATCHING = ("enabled", "log_every", "num_workers", "save_every", "save_total_limit", "keep_checkpoint")
@@ -78,6 +79,10 @@ class Experiment:
         if not config.model.name_or_path:
             self.of_base += [self.of_prompt, self.of_data, config.seed]
         self.of_spec: Any = [self.of_prompt, dataclasses.asdict(config.latent)]
+
+    def of_rows(self) -> Any:
+        """Return what decides the tokenised splits."""
+        return self.of_data, self.of_base, self.of_spec
 
     def step(self, name: str) -> Step:
         """Return the step of a training stage, with everything that decides its result."""
@@ -218,7 +223,7 @@ class Workspace(Experiment):
         inputs = {"tiny": dataclasses.asdict(model.tiny), "prompt": prompt, "seed": seed, "data": self.of_data}
         step = Step(directory=self.directory / "base", inputs=inputs)
         self.of_base = step.fingerprint
-        with claimed(step.directory):
+        with exclusive(step.directory, CLAIM, wait=math.inf):  # runs of a comparison share it
             if not step.is_finished():
                 texts = (t for r in self.splits.train for t in (r.problem, r.cot, r.cot_answer))
                 tokenizer = build_tokenizer(texts, model.tiny, self.config.prompt)
@@ -233,20 +238,14 @@ class Workspace(Experiment):
 
         On several processes all have to ask for a split: the first one makes it, the others read it.
         """
-        return tokenized_splits(
-            self.config.data,
-            self.tokenizer,
-            self.spec,
-            self.splits,
-            self.directory / "data",
-            max_positions(self.base, self.config.model),
-            in_turn=self._in_turn,
-        )
+        folder, longest = self.directory / "data", max_positions(self.base, self.config.model)
+        made_from = (self.config.data, self.tokenizer, self.spec, self.splits)
+        return tokenized_splits(*made_from, folder, longest, in_turn=self._in_turn)
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
         # one process of this job after the other, and one job that shares the folder after the other
-        with processes().main_process_first(), claimed(self.directory / "data"):
+        with processes().main_process_first(), exclusive(self.directory / "data", CLAIM, wait=math.inf):
             yield
 
     def setup(self, name: str) -> Setup:

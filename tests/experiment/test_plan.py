@@ -59,7 +59,7 @@ def test_whole_experiment_in_order(config: Config) -> None:
         ["eval", "--model", "stage1"],
         ["eval", "--model", "latent-sft"],
         ["report"],
-        ["export"],
+        ["export", "--model", "latent-sft"],
     ]
 
 
@@ -75,7 +75,7 @@ def test_stages_that_are_off_are_left_out(config: Config) -> None:
         ["eval", "--model", "stage1"],
         ["eval", "--model", "latent-sft"],
         ["report"],
-        ["export"],
+        ["export", "--model", "latent-sft"],
     ]
 
 
