@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_sft.config.load import load_config
+    from latent_sft.experiment.run import run_experiment as run
     from latent_sft.inference.show import Reasoner, Solution, load
     from latent_sft.method.types import LatentSpec, Superposition
-    from latent_sft.pipeline import run_experiment as run
     from latent_sft.train.run import train_stage
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOME = {
     "Superposition": "method.types.Superposition",
     "load": "inference.show.load",
     "load_config": "config.load.load_config",
-    "run": "pipeline.run_experiment",
+    "run": "experiment.run.run_experiment",
     "train_stage": "train.run.train_stage",
 }
 

@@ -185,38 +185,34 @@ def _load_one(args: argparse.Namespace) -> Config:
     return config
 
 
-def _file(args: argparse.Namespace) -> tuple[Path, Sequence[str]]:
-    from latent_sft.config.presets import resolve_config
-
-    return resolve_config(args.config), args.overrides
-
-
 def _run(args: argparse.Namespace) -> None:
     config = _load(args)
     from latent_sft.launcher import end_if_bound
 
     end_if_bound()
     if config.compare.variants:
-        from latent_sft.compare import run_comparison
+        from latent_sft.experiment.compare import run_comparison
 
-        print(run_comparison(*_file(args)))
+        print(run_comparison(args.config, args.overrides))
         return
-    from latent_sft.pipeline import run_experiment
+    from latent_sft.experiment.run import run_experiment
 
     run_experiment(config)
 
 
 def _train(args: argparse.Namespace) -> int | None:
     config = _load_one(args)
-    from latent_sft.launcher import relaunch_if_needed
+    from latent_sft.launcher import is_worker, relaunch_if_needed
+    from latent_sft.runs import CLAIM, exclusive
 
-    status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
-    if status is None:
-        from latent_sft.runs import exclusive
-        from latent_sft.train.run import train_stage
+    folder = Path(config.directory) / args.stage
+    with exclusive(folder, CLAIM, take=not is_worker()):
+        status = relaunch_if_needed(args.stage, args.config, args.overrides, config.launch)
+        if status is None:
+            from latent_sft.train.run import train_stage
 
-        with exclusive(Path(config.directory) / args.stage, take=os.environ.get("RANK", "0") == "0"):
-            train_stage(config, args.stage)
+            with exclusive(folder, take=os.environ.get("RANK", "0") == "0"):
+                train_stage(config, args.stage)
     return status
 
 
@@ -231,7 +227,7 @@ def _finish(args: argparse.Namespace) -> None:
 
 def _label(args: argparse.Namespace) -> None:
     config = _load_one(args)
-    from latent_sft.stores import make_labels
+    from latent_sft.experiment.stores import make_labels
 
     make_labels(config)
 
@@ -247,9 +243,9 @@ def _report(args: argparse.Namespace) -> None:
     config = _load(args)
     if config.compare.variants:
         from latent_sft.evaluation.report import write_comparison
-        from latent_sft.variants import jobs_of
+        from latent_sft.experiment.compare import jobs_of
 
-        print(write_comparison(config, jobs_of(*_file(args))))
+        print(write_comparison(config, jobs_of(args.config, args.overrides)))
         return
     from latent_sft.evaluation.report import write_report
 
@@ -291,9 +287,7 @@ def _export(args: argparse.Namespace) -> None:
     if config is None:
         export_checkpoint(Path(args.config), out)
     else:
-        from latent_sft.plan import chosen_export
-
-        model, folder = chosen_export(config, args.model)
+        model, folder = config.chosen_export(args.model)
         out = export_run(config, model, out or Path(config.directory) / folder)
     print(out)
     if args.push_to_hub:
@@ -306,14 +300,14 @@ def _plan(args: argparse.Namespace) -> None:
     config = _load(args)
     if (args.gpus is None) != (args.gpu_memory is None):
         raise ConfigError("plan: --gpus and --gpu-memory belong together; give both or neither.")
-    from latent_sft.plan import plan, plan_comparison
+    from latent_sft.experiment.graph import plan, plan_comparison
 
     if config.compare.variants:
-        from latent_sft.variants import jobs_of
+        from latent_sft.experiment.compare import jobs_of
 
         if args.gpus is not None:
             raise ConfigError("plan: --gpus is for one experiment; this file is a comparison (compare.variants).")
-        print(plan_comparison(config, jobs_of(*_file(args)), args.config, args.overrides), end="")
+        print(plan_comparison(config, jobs_of(args.config, args.overrides), args.config, args.overrides), end="")
         return
     print(plan(config, args.config, args.overrides), end="")
     if args.gpus is not None:

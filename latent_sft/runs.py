@@ -23,12 +23,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from latent_sft.errors import ArtefactError
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
+LOCK, CLAIM = ".lock", ".claim"
 RUNNING, FINISHED = "running", "finished"
 # how long a stage trains: with another value it goes on from where it is
 _LENGTH = ("train.max_steps ", "train.epochs ", "train.stop_at_accuracy ")
@@ -95,12 +95,14 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, take: bool = True) -> Iterator[None]:
+def exclusive(folder: Path, file: str = LOCK, *, take: bool = True, wait: float = 10.0) -> Iterator[None]:
     """Hold a folder against other jobs that would write into it; the hold ends with this process, however it ends.
 
     Args:
         folder: of a step; made if missing.
+        file: LOCK, who writes, or CLAIM, who is to make the step: that one may let another process write.
         take: whether this process does it (rank 0), or only passes through.
+        wait: seconds for the other one to end; a job that was just killed needs a moment to be gone.
 
     Raises:
         ArtefactError: another process holds the folder.
@@ -108,26 +110,36 @@ def exclusive(folder: Path, *, take: bool = True) -> Iterator[None]:
     if not take:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as handle:
-        for left in range(50, -1, -1):  # a job that was just killed needs a moment to be gone
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not left:
-                    handle.seek(0)
-                    raise ArtefactError(
-                        f"{folder}: another job is writing here ({handle.read() or 'unknown'}). Wait for it, end it, "
-                        "or use another run_dir."
-                    ) from None
-                time.sleep(0.2)
-            except OSError:
-                break  # a file system without locks
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
+    while (handle := lock(folder / file)) is None:
+        if wait <= 0:
+            holder = (folder / file).read_text(encoding="utf-8") or "unknown"
+            raise ArtefactError(
+                f"{folder}: another job is writing here ({holder}). Wait for it, end it, or use another run_dir."
+            )
+        time.sleep(0.2)
+        wait -= 0.2
+    with handle:
         yield
+
+
+def lock(path: Path) -> IO[str] | None:
+    """Lock a file, made if missing, until the handle is closed or this process ends; None where another one has it.
+
+    A file system without locks gives it to everybody.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held by the caller)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    except OSError:
+        pass
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    return handle
 
 
 def environment() -> dict[str, Any]:

@@ -15,10 +15,10 @@ import latent_sft
 from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.prompts import build_spec
 from latent_sft.errors import ArtefactError, ConfigError
+from latent_sft.experiment.run import run_experiment
 from latent_sft.method.types import SPEC_FILE
 from latent_sft.models.load import build_tiny, save_lm
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.pipeline import run_experiment
 from latent_sft.train.run import train_stage
 
 PROBLEMS = ["2 + 3", "4 + 4 + 1", "7"]

@@ -45,9 +45,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         recorded.append(("generate", (problem,), options))
         return types.SimpleNamespace(to_json=lambda: "{}")
 
-    stand_in("latent_sft.pipeline", run_experiment={})
+    stand_in("latent_sft.experiment.run", run_experiment={})
     stand_in("latent_sft.train.run", train_stage=None)
-    stand_in("latent_sft.stores", make_labels=None)
+    stand_in("latent_sft.experiment.stores", make_labels=None)
     stand_in("latent_sft.inference.show", load=types.SimpleNamespace(generate=generate), as_table="z1 7 0.9")
     stand_in("latent_sft.evaluation.run", evaluate=None)
     stand_in("latent_sft.evaluation.report", write_report=Path("run/report/index.html"))
@@ -69,7 +69,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run_experiment(config: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["latent_sft.pipeline"], "run_experiment", run_experiment)
+    monkeypatch.setattr(sys.modules["latent_sft.experiment.run"], "run_experiment", run_experiment)
 
 
 # what reaches the handlers

@@ -16,8 +16,8 @@ from conftest import TINY
 from latent_sft.cli import main
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.data.labels import LabelStore
+from latent_sft.experiment.stores import make_labels
 from latent_sft.runs import LOCK
-from latent_sft.stores import make_labels
 
 SETTINGS = ("stage1.init=cot", "labels.shard_size=4", "launch.concurrent_baseline=true", "launch.cpu_threads=1")
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]

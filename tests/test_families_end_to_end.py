@@ -27,6 +27,8 @@ from latent_sft.config.load import load_config
 from latent_sft.config.schema import LoraConfig
 from latent_sft.data.labels import LabelStore
 from latent_sft.data.records import load_splits
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.export.checkpoint import export_checkpoint
 from latent_sft.inference.generate import generate
 from latent_sft.inference.solve import as_rows
@@ -36,8 +38,6 @@ from latent_sft.methods.latent_sft import LABELS, load_stage1
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.load import add_lora, merged, save_lm
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.stores import make_labels
-from latent_sft.workspace import Workspace
 
 PAGE = Path(__file__).parents[1] / "docs" / "internals" / "families.md"
 CASES = [(family, tied) for family in FAMILIES for tied in (True, False)]

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import latent_sft.train.run as run
 from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LoraConfig
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.forecast import load_of, measure, plan_setup, read_examples
 from latent_sft.memory import GIB, LEVELS, Level, Numbers, Shape, Weights, activations, buffers, logits, model_states
 from latent_sft.methods import STAGES
 from latent_sft.models.load import add_lora
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 FULL = ()
 LORA = ("model.lora.rank=8",)

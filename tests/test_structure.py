@@ -38,23 +38,21 @@ LAYERS = {
     "config.experiment": 7,  # the sections of all methods
     "config.load": 8,
     "config.document": 8,
-    "variants": 9,
-    "reuse": 9,
-    "plan": 10,
-    "workspace": 9,
-    "stores": 10,
+    "experiment": 9,
+    "experiment.workspace": 9,
+    "experiment.stores": 10,
     "train": 11,
-    "sizes": 9,
     "forecast": 12,
     "evaluation": 12,
     "export": 12,
-    "pipeline": 13,
-    "compare": 13,
-    "cli": 14,
+    "experiment.graph": 13,
+    "experiment.run": 14,
+    "experiment.compare": 14,
+    "cli": 15,
 }
 # These two may only fall. Raising one needs a decision record in docs/decisions/ that says what the lines buy.
 # Measured: 11,260 lines in 109 files; the rest is room for the modules of two more methods (350 lines together).
-MAX_CODE_LINES = 12_260
+MAX_CODE_LINES = 12_370
 MAX_FILES = 116
 MAX_LINES = 360
 # read by looking up, or one method from settings to words

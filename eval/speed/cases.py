@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.speed import plain
 from latent_sft.config.load import load_config
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.inference.generate import generate
 from latent_sft.method.layout import fixed_segments
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
@@ -36,7 +37,6 @@ from latent_sft.methods.self_distill import kava as kava_settings
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model
 from latent_sft.models.thoughts import Thoughts
-from latent_sft.workspace import Workspace
 
 TOP_K = 10
 BOTH = ("plain", "fast")

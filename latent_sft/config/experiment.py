@@ -9,7 +9,7 @@ from typing import Any
 from latent_sft.config.schema import CommonConfig
 from latent_sft.config.training import TrainConfig, need
 from latent_sft.errors import ConfigError, did_you_mean
-from latent_sft.methods import METHODS, STAGES, method_of
+from latent_sft.methods import METHODS, MODELS, STAGES, method_of
 
 
 class _Experiment(CommonConfig):
@@ -61,6 +61,36 @@ class _Experiment(CommonConfig):
         if said == "no" and dtype == "float16":
             return "fp16"  # for its scaler: gradients of float16 end at 6e-8
         return "bf16" if said == "no" and dtype != self.trained_model.dtype else said
+
+    def models(self) -> dict[str, list[str]]:
+        """Return the models that are evaluated, each with its own training stages; the last one holds the weights."""
+        found = {}
+        for name, model in MODELS.items():
+            own = [stage for stage in model.stages if self.stage(stage).enabled]
+            trained = bool(own) if model.any_stage else own == list(model.stages)
+            if trained and model.enabled(self.settings(method_of(name).settings)):
+                found[name] = own
+        return found
+
+    def exports(self) -> dict[str, str]:
+        """Return the latent reasoners, each with the folder of its export: the first one is `export`."""
+        names = [name for name in self.models() if MODELS[name].role == "latent"]
+        return {name: f"export-{name}" if number else "export" for number, name in enumerate(names)}
+
+    def chosen_export(self, model: str | None = None) -> tuple[str, str]:
+        """Return a latent reasoner, the first one unless it is named, and the folder of its export.
+
+        Raises:
+            ConfigError: the experiment trains none of that name.
+        """
+        folders = self.exports()
+        model = model or next(iter(folders), "")
+        if model not in folders:
+            raise ConfigError(
+                f"export: got model {model!r}, expected a latent reasoner that this experiment trains "
+                f"({', '.join(folders) or 'there is none'})."
+            )
+        return model, folders[model]
 
     def settings(self, section: str) -> Any:
         """Return a method's own section, None where it has none."""

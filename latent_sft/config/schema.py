@@ -331,7 +331,7 @@ class CompareConfig:
 
     variants: dict[str, list[str]] = field(default_factory=dict)
     """Name -> settings `key=value` on top of this file. Each variant and seed is a run of its own, under
-    <run>/<variant>/seed-<n>; the first variant's finished stages are used again by the others where they fit."""
+    <run>/<variant>/seed-<n>; steps that several of them have are made once."""
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: int = 1
     """Runs at once."""
@@ -363,7 +363,7 @@ class LaunchConfig:
     cpu_threads: int = 0
     """Threads of torch on the CPU; 0 leaves torch's choice. Models of a few million parameters are fastest with 1."""
     concurrent_baseline: bool = False
-    """`latent-sft run` trains no-cot, which no other stage waits for, beside the others in a process of its own."""
+    """`latent-sft run` trains the first stage that only evaluations need (no-cot) in a process beside the others."""
     zero: int = 0
     """What the processes share out by DeepSpeed ZeRO instead of each holding all: 1 optimizer states, 2 gradients too,
     3 weights too; 0 nothing (plain data parallelism)."""

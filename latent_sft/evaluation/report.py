@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.results import Row, Run, collect, read_run, rows_of
+from latent_sft.evaluation.results import Job, Row, Run, collect, read_run, rows_of
 from latent_sft.evaluation.tables import (
     Table,
     accuracy,
@@ -32,7 +32,6 @@ from latent_sft.evaluation.tables import (
 )
 from latent_sft.methods import MODELS
 from latent_sft.runs import write_atomically, write_json
-from latent_sft.variants import Job
 
 # what accuracy is plotted against -> PNG file, or none
 RUN_COSTS = {plots.STEPS: "accuracy_vs_steps.png", plots.PASSES: ""}

@@ -20,15 +20,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latent_sft.config.experiment import Config
+from latent_sft.config.load import to_yaml
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.methods import MODELS, STAGES
-from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, read_json
-from latent_sft.variants import Job
 
 Row = Mapping[str, Any]
 SPLITS = ("test", "validation")
+
+
+class Job(NamedTuple):
+    """One run of a comparison.
+
+    Attributes:
+        variant: its name.
+        config: the experiment: the file, the variant's settings, those of the command line, and its seed.
+    """
+
+    variant: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """`<variant>/seed-<n>`, its folder below the comparison's."""
+        return f"{self.variant}/seed-{self.config.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """Run directory."""
+        return Path(self.config.directory)
+
+    @property
+    def console(self) -> Path:
+        """File of its output."""
+        return self.directory / "console.log"
+
+    def is_finished(self) -> bool:
+        """Return whether a run with exactly these settings came to its end."""
+        path = self.directory / "config.yaml"
+        done = (self.directory / "summary.json").exists() and path.exists()
+        return done and path.read_text(encoding="utf-8") == to_yaml(self.config)
 
 
 @dataclass(frozen=True)
@@ -131,7 +164,7 @@ def collect(jobs: Sequence[Job]) -> list[Method]:
     split = min((e.row["split"] for run in read.values() for e in run.evaluations), key=lambda s: _rank(s, SPLITS))
     methods: list[Method] = []
     for variant, config in {job.variant: job.config for job in jobs}.items():
-        for model in models_of(config):
+        for model in config.models():
             runs = {
                 seed: evaluation
                 for (name, seed), run in read.items()

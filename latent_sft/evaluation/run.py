@@ -20,15 +20,16 @@ from latent_sft.evaluation.agreement import agreement, span_agreement
 from latent_sft.evaluation.answers import answer_text
 from latent_sft.evaluation.interventions import check_given, intervene, latent_sweep
 from latent_sft.evaluation.score import score
+from latent_sft.experiment.workspace import Experiment, Workspace
 from latent_sft.inference.generate import Sampling
 from latent_sft.inference.solve import as_rows, solve
 from latent_sft.method.types import Soft
 from latent_sft.methods import MODELS, method_of
-from latent_sft.plan import models_of
 from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
-from latent_sft.workspace import Workspace
 
 log = logging.getLogger(__name__)
+
+SAMPLING = ("temperature", "top_p", "latent_noise", "seed")
 
 
 def evaluate(
@@ -59,10 +60,10 @@ def evaluate(
         if name not in MODELS:
             raise ConfigError(f"--model: unknown model {name!r}.{did_you_mean(name, MODELS, shown=len(MODELS))}")
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, stages in evaluated_models(work).items():
+    for name, stages in config.models().items():
         if models and name not in models:
             continue
-        source = stages[-1]
+        source = work.step(stages[-1])
         if not source.is_finished():
             source.results()  # says what to do
         for split in splits or config.eval.splits:
@@ -75,9 +76,14 @@ def evaluate(
     return found
 
 
-def evaluated_models(work: Workspace) -> dict[str, list[Step]]:
-    """Return the models of an experiment and the training stages of each; the last one holds the weights."""
-    return {name: [work.step(stage) for stage in stages] for name, stages in models_of(work.config).items()}
+def decided_by(experiment: Experiment, name: str) -> dict[str, Any]:
+    """Return what decides the evaluations of a model, whatever the split, beside its weights and the problems."""
+    config = experiment.config
+    settings = dataclasses.asdict(config.eval)
+    for unused in ("splits", "batch_size", "heatmap_problems", *(() if config.eval.sample else SAMPLING)):
+        del settings[unused]
+    own = MODELS[name].identity(config.settings(method_of(name).settings))
+    return {"thinker": name, "eval": settings, "spec": experiment.of_spec, **own}
 
 
 def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, split: str) -> dict[str, Any] | None:
@@ -99,37 +105,17 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     if not rows:
         log.warning("eval: no row of %s has a CoT that %s could encode, skipped.", split, name)
         return None
-    sampling = None
-    if settings.sample:
-        sampling = Sampling(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            latent_noise=settings.latent_noise,
-            seed=settings.seed,
-        )
+    sampling = Sampling(**{key: getattr(settings, key) for key in SAMPLING}) if settings.sample else None
     step.begin(settings.seed)
     repeated = [row for row in rows for _ in range(settings.num_samples)]
     began = time.perf_counter()
     with tqdm(total=len(repeated), desc=f"eval {name} {split}", unit="problem") as bar:
-        decoded = solve(
-            thinker,
-            work.spec,
-            repeated,
-            batch_size=settings.batch_size,
-            max_cot_tokens=settings.max_cot_tokens,
-            sampling=sampling,
-            progress=bar.update,
-        )
+        limits = {"batch_size": settings.batch_size, "max_cot_tokens": settings.max_cot_tokens}
+        decoded = solve(thinker, work.spec, repeated, **limits, sampling=sampling, progress=bar.update)
+    seconds = time.perf_counter() - began
     grading = {"decode_text": _text_of(work), "grader": settings.grader}
-    summary, problems = score(
-        decoded,
-        rows,
-        spec=work.spec,
-        samples_per_problem=settings.num_samples,
-        wall_seconds=time.perf_counter() - began,
-        heatmap_problems=settings.heatmap_problems,
-        **grading,
-    )
+    counts = {"samples_per_problem": settings.num_samples, "heatmap_problems": settings.heatmap_problems}
+    summary, problems = score(decoded, rows, spec=work.spec, wall_seconds=seconds, **counts, **grading)
     if skipped:
         summary["skipped"] = skipped
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
@@ -160,21 +146,15 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
 
 
 def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
-    settings = dataclasses.asdict(work.config.eval) | {"interventions": _interventions(work, name, split)}
-    sampling = () if settings["sample"] else ("temperature", "top_p", "latent_noise", "seed")
-    for unused in ("splits", "batch_size", "heatmap_problems", *sampling):
-        del settings[unused]
-    inputs = {
+    decided = decided_by(work, name)
+    inputs = decided | {
         "model": source.outcome,
         "trained": source.results().get("ended"),  # the same stage may have been trained anew
-        "thinker": name,
         "split": split,
         "data": work.splits.sources.get(split, ""),
         "rows": fingerprint(list(work.data[split]["hash"])),  # as tokenised, and which of them
-        "eval": settings,
-        "spec": work.spec.to_dict(),
+        "eval": decided["eval"] | {"interventions": _interventions(work, name, split)},
     }
-    inputs |= MODELS[name].identity(work.config.settings(method_of(name).settings))
     return Step(directory=work.directory / "eval" / name / split, inputs=inputs)
 
 

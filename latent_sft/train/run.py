@@ -23,12 +23,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from latent_sft.config.experiment import Config
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
+from latent_sft.experiment.stores import store_latents
+from latent_sft.experiment.workspace import Workspace, processes
 from latent_sft.inference.solve import Policy, as_rows
 from latent_sft.methods import STAGES
 from latent_sft.methods.base import Setup, Stage
 from latent_sft.models.backbone import unwrap_peft
 from latent_sft.runs import Step, read_json
-from latent_sft.stores import store_latents
 from latent_sft.train import zero
 from latent_sft.train.callbacks import MetricsFile, StageProgress, StopAtAccuracy
 from latent_sft.train.ending import check_length, departures, state_of, write_final
@@ -38,7 +39,6 @@ from latent_sft.train.reporting import EndOfReport, check_reporters
 from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 from latent_sft.train.trainer import LatentTrainer
 from latent_sft.train.validation import validation_metrics
-from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
 

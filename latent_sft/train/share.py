@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import gather_object
 
 from latent_sft.data.collate import TokenRow
+from latent_sft.experiment.workspace import processes
 from latent_sft.inference.generate import Decoded
 from latent_sft.inference.slots import PREFILL_TOKENS
 from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.sharding import is_partitioned
-from latent_sft.workspace import processes
 
 
 def solve_share(

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from latent_sft.evaluation.answers import answer_text, is_correct
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 from latent_sft.methods.base import Stage
 from latent_sft.train.share import gathered, solve_share
-from latent_sft.workspace import Workspace
 
 
 def validation_metrics(model: nn.Module, stage: Stage, work: Workspace, rows: list[dict[str, Any]]) -> dict[str, float]:

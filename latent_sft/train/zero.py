@@ -27,9 +27,9 @@ from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ConfigError, TrainingError
+from latent_sft.experiment.workspace import processes
 from latent_sft.launcher import is_worker
 from latent_sft.models.sharding import gathered_parameters, is_partitioned
-from latent_sft.workspace import processes
 
 # elements reduced at once; DeepSpeed's own 5e8 reserves 2 GB on every GPU for buckets that are no faster
 BUCKET = 50_000_000

@@ -12,7 +12,8 @@ from latent_sft.config.load import load_config
 from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError
-from latent_sft.plan import steps
+from latent_sft.experiment.graph import graph_of
+from latent_sft.experiment.workspace import Experiment
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_a_recipe_writes_published_rows_as_published(recipe: str, tmp_path: Path
     asked = tokenize_record(tokenizer, spec, splits.test[0])
     assert tokenizer.decode(asked["prompt"]) == expected[0].replace(" 10 eggs", " 2010 eggs")
     assert (asked["reference"], len(splits.test)) == ("4014", 4)
-    assert {"eval", "report"} < {*steps(config)}
+    assert {"data", "report"} < {*graph_of(Experiment(config))}
 
 
 def test_the_distilled_position_is_the_token_before_the_number() -> None:

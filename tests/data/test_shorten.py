@@ -13,8 +13,8 @@ from latent_sft.data.formats import Record, split_steps
 from latent_sft.data.records import load_splits
 from latent_sft.data.shorten import shortened
 from latent_sft.errors import ConfigError, DataError
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 EQUATIONS = "<<16-3=13>> <<13*2=26>> <<26/2=13>> <<13+1=14>> <<14-4=10>>"
 

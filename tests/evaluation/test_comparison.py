@@ -13,8 +13,8 @@ from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.evaluation.report import write_comparison
-from latent_sft.evaluation.results import Evaluation, Method, collect, label_methods, mean_of, rows_of, table_of
-from latent_sft.variants import Job, jobs_of
+from latent_sft.evaluation.results import Evaluation, Job, Method, collect, label_methods, mean_of, rows_of, table_of
+from latent_sft.experiment.compare import jobs_of
 
 FILE = """
 name: A <comparison>

@@ -9,8 +9,8 @@ import pytest
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.evaluation import run
 from latent_sft.evaluation.run import evaluate
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.models.load import build_tiny, save_lm, save_thinker
-from latent_sft.workspace import Workspace
 
 SETTINGS = ("latent.noise_scale=1.0", "eval.splits=[validation]", "eval.limit=6", "eval.interventions=[]")
 SAMPLED = ("eval.sample=true", "eval.temperature=3.0")

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from latent_sft.config.load import load_config
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import SECTIONS, STAGES
 from latent_sft.runs import environment, write_json
-from latent_sft.stores import make_labels
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 GOLDEN = Path(__file__).parent / "trajectories.json"
 TAGS = ("loss", "grad_norm")

@@ -26,15 +26,15 @@ from latent_sft.data.prompts import build_spec, tokenize_record
 from latent_sft.data.records import load_splits
 from latent_sft.errors import ConfigError
 from latent_sft.evaluation.run import evaluate
+from latent_sft.experiment.graph import graph_of
+from latent_sft.experiment.workspace import Experiment, Workspace
 from latent_sft.inference.solve import Thinker, solve
 from latent_sft.method.types import LatentSpec
 from latent_sft.methods import MODELS, STAGES
 from latent_sft.methods.cot import ExplicitModel
 from latent_sft.methods.icot import AtRemoval, ICoTConfig, icot_batch, numbered, removed_at
-from latent_sft.plan import exported, models_of, steps
 from latent_sft.train.run import finish_stage, train_stage
 from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
-from latent_sft.workspace import Workspace
 
 END, EOS = (5, 6), 1
 SPEC = LatentSpec(think_ids=(4,), end_think_ids=END, eos_id=EOS, pad_id=0, vocab_size=29, top_k=4, max_answer_tokens=4)
@@ -325,8 +325,8 @@ def test_it_starts_from_the_cot_stage_or_from_the_base_model(tiny_config):
 
 def test_it_is_planned_evaluated_and_kept_out_of_exports(tiny_config):
     config = tiny_config(*SETTINGS, "icot.train.max_steps=4")
-    assert "icot" in models_of(config) and "icot" not in exported(config)
-    assert "icot" in steps(config)
+    assert "icot" in config.models() and "icot" not in config.exports()
+    assert "icot" in graph_of(Experiment(config))
     train_stage(config, "icot")
     found = evaluate(config, ["icot"], ["test"])
     assert found["icot"]["test"]["num_examples"] == 12
@@ -386,7 +386,7 @@ def test_the_recipe_writes_published_lines_as_published(files):
     cot = LINE.partition("||")[2].partition(" ####")[0]
     assert tokenizer.decode(row["cot"]) == cot and len(cot.split()) == 46  # a token each with GPT-2's merges
     assert tokenizer.decode(row["answer"]) == "1 3 9 4 5 4 2 1<|endoftext|>"
-    assert [step for step in steps(config) if step in STAGES] == ["icot"]
+    assert [step for step in graph_of(Experiment(config)) if step in STAGES] == ["icot"]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from latent_sft.data.lengths import count_tokens
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.evaluation.agreement import span_agreement
 from latent_sft.evaluation.run import evaluate
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.export.checkpoint import export_run
 from latent_sft.inference.generate import Decoded, generate
 from latent_sft.inference.show import as_table, load
@@ -41,7 +42,6 @@ from latent_sft.methods.span_labels import (
 )
 from latent_sft.models.stage2 import Stage2Model
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 SPEC = make_spec(PUBLISHED)
 NEVER = lambda before, after: (True, False)  # noqa: E731

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from latent_sft.config.schema import PromptConfig, TinyModelConfig
 from latent_sft.errors import ConfigError
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.models.load import build_tiny, weights_fingerprint
 from latent_sft.models.tiny_tokenizer import build_tokenizer
-from latent_sft.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

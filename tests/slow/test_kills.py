@@ -19,7 +19,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from latent_sft.config.load import load_config, to_yaml
-from latent_sft.stores import make_labels
+from latent_sft.experiment.stores import make_labels
 from latent_sft.train.run import train_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

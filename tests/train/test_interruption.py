@@ -22,8 +22,8 @@ from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, Interrupted, TrainingError
+from latent_sft.experiment.stores import make_labels
 from latent_sft.runs import exclusive
-from latent_sft.stores import make_labels
 from latent_sft.train.interruption import MARKER, drop_after, last_checkpoint, mark_complete, same_step
 from latent_sft.train.run import train_stage
 

@@ -15,15 +15,15 @@ from train.zero_job import killed_at
 
 from latent_sft.config.load import load_config
 from latent_sft.errors import TrainingError
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.inference.noise import Sampling
 from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.method.losses import StepOutput
 from latent_sft.models.load import load_lm
 from latent_sft.models.stage2 import Stage2Model
-from latent_sft.stores import make_labels
 from latent_sft.train.guards import check_terms
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 SHORT = ["stage1.encoder.enabled=false", "stage1.decoder.enabled=false", "stage2.max_steps=5", "stage2.save_every=2"]
 

@@ -13,9 +13,9 @@ import pytest
 
 from latent_sft.errors import ConfigError
 from latent_sft.evaluation.run import evaluate
-from latent_sft.stores import make_labels
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 # logged on CUDA only

@@ -17,12 +17,12 @@ from latent_sft import cli
 from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.errors import ArtefactError, ConfigError, Interrupted
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import SECTIONS
 from latent_sft.runs import Step
-from latent_sft.stores import make_labels
 from latent_sft.train.interruption import last_checkpoint
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 
 def logged(folder: Path, tag: str) -> dict[int, float]:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, TrainingError
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import SECTIONS
 from latent_sft.methods.latent_sft import LABELS, load_stage1, stage1_batch
-from latent_sft.stores import make_labels
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
-from latent_sft.workspace import Workspace
 
 STAGES = ("no-cot", "cot", "stage1-encoder", "stage1-decoder", "stage1-union")
 
@@ -247,7 +247,7 @@ def test_a_lost_process_is_said():
 
 def test_every_logged_tag_is_documented(tiny_config):
     config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
-    from latent_sft.stores import make_labels
+    from latent_sft.experiment.stores import make_labels
 
     folders = [train_stage(config, "stage1-union").directory]
     make_labels(config)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from train.zero_job import HALVES, PHASES, THOUGHTS, UNION, config_of, train_all, train_with_own_latents
 
 from latent_sft.errors import ConfigError, TrainingError
+from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import STAGES
 from latent_sft.methods.latent_sft import load_stage1
 from latent_sft.train import zero
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
 

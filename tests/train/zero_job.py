@@ -18,11 +18,11 @@ from train.own_latents import with_own_latents
 import latent_sft.train.run as run
 from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
+from latent_sft.experiment.stores import make_labels
+from latent_sft.experiment.workspace import processes
 from latent_sft.methods import SECTIONS, STAGES
-from latent_sft.stores import make_labels
 from latent_sft.train import share
 from latent_sft.train.run import train_stage
-from latent_sft.workspace import processes
 
 PHASES = ("stage1-encoder", "stage1-decoder", "stage1-union")
 THOUGHTS = ("kava", "coconut")

@@ -1,6 +1,6 @@
 """The plan is a shell script: right order, right quoting, honest about what is finished; and what a job will need.
 
-python tests/test_plan.py        # writes what the commands of docs/internals/plan.md print into that page
+python tests/experiment/test_plan.py        # writes what the commands of docs/internals/plan.md print into that page
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from latent_sft.config.load import load_config
 from latent_sft.config.schema import DataConfig, LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import ArtefactError, ConfigError, LatentSFTError
+from latent_sft.experiment.graph import plan
 from latent_sft.forecast import forecast
 from latent_sft.methods.latent_sft import Stage1Config
-from latent_sft.plan import plan
 from latent_sft.runs import Step
 
 OFF, ON = TrainConfig(), TrainConfig(enabled=True)
@@ -54,9 +54,12 @@ def test_whole_experiment_in_order(config: Config) -> None:
         ["train", "stage1-union"],
         ["label"],
         ["train", "stage2"],
-        ["eval"],
+        ["eval", "--model", "no-cot"],
+        ["eval", "--model", "cot"],
+        ["eval", "--model", "stage1"],
+        ["eval", "--model", "latent-sft"],
         ["report"],
-        ["export"],
+        ["export", "--model", "latent-sft"],
     ]
 
 
@@ -68,9 +71,11 @@ def test_stages_that_are_off_are_left_out(config: Config) -> None:
         ["train", "stage1-union"],
         ["label"],
         ["train", "stage2"],
-        ["eval"],
+        ["eval", "--model", "cot"],
+        ["eval", "--model", "stage1"],
+        ["eval", "--model", "latent-sft"],
         ["report"],
-        ["export"],
+        ["export", "--model", "latent-sft"],
     ]
 
 
@@ -100,6 +105,11 @@ def test_status_comes_from_the_manifests(config: Config) -> None:
     assert comment(text, "label").endswith("[begun, not finished]")
     assert comment(text, "stage2").endswith("[to do]")
     assert comment(text, "export").endswith("[to do]")
+    # what every command makes that needs it has none of its own
+    assert text.splitlines()[2:4] == [
+        "# 1. base: tokenizer and initial weights of a tiny model [to do]",
+        "# made by the first command that needs it",
+    ]
 
 
 def finish(config: Config, *parts: str) -> None:
@@ -108,15 +118,17 @@ def finish(config: Config, *parts: str) -> None:
     step.finish()
 
 
-def test_evaluation_is_finished_once_every_model_is(config: Config) -> None:
-    # two trained models; the empty test source leaves the validation split
-    config = replace(config, stage1=Stage1Config(), stage2=OFF)
-    config = replace(config, data=DataConfig(test=""))
-    assert comment(plan(config, "a.yaml"), "eval").endswith("[to do]")
+def test_an_evaluation_is_finished_once_every_split_is(config: Config) -> None:
+    assert comment(plan(config, "a.yaml"), "eval cot").endswith("[to do]")
     finish(config, "eval", "cot", "validation")
-    assert comment(plan(config, "a.yaml"), "eval").endswith("[begun, not finished]")
+    assert comment(plan(config, "a.yaml"), "eval cot").endswith("[begun, not finished]")
+    assert comment(plan(config, "a.yaml"), "eval no-cot").endswith("[to do]")
+    finish(config, "eval", "cot", "test")
+    assert comment(plan(config, "a.yaml"), "eval cot").endswith("[finished]")
+    # the empty test source leaves the validation split
+    config = replace(config, data=DataConfig(test=""))
     finish(config, "eval", "no-cot", "validation")
-    assert comment(plan(config, "a.yaml"), "eval").endswith("[finished]")
+    assert comment(plan(config, "a.yaml"), "eval no-cot").endswith("[finished]")
 
 
 def test_export_is_finished_once_the_folder_holds_something(config: Config) -> None:
@@ -140,7 +152,7 @@ def test_several_processes_are_announced(config: Config) -> None:
     assert text.count("# starts 8 processes with torchrun") == 6
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "internals" / "plan.md"
 EXAMPLE = re.compile(r"```console\n\$ latent-sft (.*)\n(?s:(.*?))```")
 GPUS = {"gpus": 2, "gpu_memory": 80.0}
@@ -152,7 +164,7 @@ def test_the_worked_plans_are_what_the_commands_print(number: int, monkeypatch: 
     examples = EXAMPLE.findall(PAGE.read_text())
     assert len(examples) == 3
     command, shown = examples[number]
-    assert table(command) == shown, "run python tests/test_plan.py"
+    assert table(command) == shown, "run python tests/experiment/test_plan.py"
 
 
 def table(command: str) -> str:

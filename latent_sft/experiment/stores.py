@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from latent_sft.config.experiment import Config
 from latent_sft.data.labels import LabelRow, LabelWriter
+from latent_sft.experiment.workspace import Workspace, processes
 from latent_sft.methods import STAGES
 from latent_sft.methods.base import Store
 from latent_sft.runs import Step
-from latent_sft.workspace import Workspace, processes
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +113,5 @@ def _write_missing(work: Workspace, name: str, rank: int, world_size: int) -> No
             order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
             batch_size = work.config.labels.batch_size
             latents = dict(zip(order, store.encode(model, [rows[i] for i in order], batch_size), strict=True))
-            writer.write(
-                shard,
-                [LabelRow(id=r["id"], hash=r["hash"], latents=latents[i]) for i, r in enumerate(rows)],
-            )
+            writer.write(shard, [LabelRow(id=r["id"], hash=r["hash"], latents=latents[i]) for i, r in enumerate(rows)])
             bar.update(len(rows))
