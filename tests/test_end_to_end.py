@@ -17,7 +17,7 @@ from latent_sft.cli import main
 from latent_sft.config.load import load_config, to_yaml
 from latent_sft.data.labels import LabelStore
 from latent_sft.experiment.stores import make_labels
-from latent_sft.runs import LOCK
+from latent_sft.runs import CLAIM, LOCK
 
 SETTINGS = ("stage1.init=cot", "labels.shard_size=4", "launch.concurrent_baseline=true", "launch.cpu_threads=1")
 COMMAND = [sys.executable, "-m", "latent_sft.cli"]
@@ -112,7 +112,7 @@ def test_a_corrupted_label_shard_is_refused_before_anything_is_written(copied, c
     shard.write_bytes(bytes(data))
     assert main(["train", "stage2", str(copied / "tiny.yaml")]) == 2
     assert "labels-00001.arrow" in capsys.readouterr().err
-    assert {path.name for path in (copied / "run" / "stage2").iterdir()} == {LOCK}
+    assert {path.name for path in (copied / "run" / "stage2").iterdir()} == {LOCK, CLAIM}
 
 
 def test_labels_of_another_rate_are_refused(copied, capsys):

@@ -118,11 +118,12 @@ def share(jobs: Sequence[Job], directory: Path) -> None:
     Folders are named by the fingerprint of their step, so another setting is another folder, and what was there stays.
     A finished run is left as it is; what only it has so far becomes shared where another one has the same step now.
     """
-    for key, places in together(sorted(jobs, key=lambda job: not job.is_finished())).items():
+    finished = {job.name for job in jobs if job.is_finished()}
+    for key, places in together(sorted(jobs, key=lambda job: job.name not in finished)).items():
         name = places[0][1].folder.replace("/", "-")
         home = directory / "shared" / f"{name}-{key}"
         for job, node in places:
-            _link(job.directory / node.folder, home, wanted=len(places) > 1, finished=job.is_finished())
+            _link(job.directory / node.folder, home, wanted=len(places) > 1, finished=job.name in finished)
 
 
 def _link(own: Path, home: Path, *, wanted: bool, finished: bool) -> None:
