@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import latent_sft.train.run as run
+import latent_sft.train.loop as loop
 from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LoraConfig
 from latent_sft.experiment.workspace import Workspace
@@ -49,16 +49,22 @@ def size_of(tensors) -> int:
     ],
 )
 def test_model_states_of_a_training_run(stage, settings, tiny_config, monkeypatch):
-    """Parameters, gradients and optimizer states of the Trainer's objects, right before its second step."""
+    """Parameters, gradients and optimizer states right before the second step."""
     config = tiny_config(*LARGER, *settings, f"{stage.replace('-', '.')}.max_steps=2")
     held = []
 
-    def look(self, args, state, control, model=None, optimizer=None, **kwargs):
-        parameters = list(model.parameters())
-        states = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-        held.append(size_of([*parameters, *(p.grad for p in parameters if p.grad is not None), *states]))
+    original = torch.nn.utils.clip_grad_norm_
 
-    monkeypatch.setattr(run.StageProgress, "on_pre_optimizer_step", look, raising=False)
+    def look(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        states = [v for s in loops[0].optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        held.append(size_of([*parameters, *(p.grad for p in parameters if p.grad is not None), *states]))
+        return original(parameters, *args, **kwargs)
+
+    loops = []
+    start = loop.TrainingLoop._start
+    monkeypatch.setattr(loop.TrainingLoop, "_start", lambda self, *args: (loops.append(self), start(self, *args)))
+    monkeypatch.setattr(loop.nn.utils, "clip_grad_norm_", look)
     train_stage(config, stage)
     examples = read_examples(config)
     weights = STAGES[stage].parameters(measure(config, examples.spec.vocab_size), plan_setup(config, stage, examples))
@@ -94,7 +100,7 @@ def only(config: Config, stage: str) -> Config:
 
 
 def test_work_of_a_stage_is_that_of_its_batches(tiny_config):
-    """Tokens as the Trainer counts them, and the batch of the longest rows."""
+    """Tokens as `train/` counts them, and the batch of the longest rows."""
     config = tiny_config(*ONE_PHASE, "cot.micro_batch_size=120", "stage2.max_tokens=500")
     examples, work = read_examples(config), Workspace(config)
     rows = list(work.data["train"])

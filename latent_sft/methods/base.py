@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig
@@ -110,6 +110,38 @@ class Store:
     encode: Callable[[Any, Sequence[TokenRow], int], Iterable[Superposition]]
 
 
+@dataclass(kw_only=True)
+class TrainState:
+    """Where the training of a stage stands.
+
+    Attributes:
+        max_steps: optimizer steps of the whole training.
+        global_step: made so far.
+        best_metric: validation accuracy of the best checkpoint.
+        best_global_step: at which it was written.
+        seconds: of training, earlier processes included.
+    """
+
+    max_steps: int
+    global_step: int = 0
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    seconds: float = 0.0
+
+
+class Callback:
+    """What a stage adds to the training loop: the moments it overrides."""
+
+    def on_begin(self, state: TrainState, rows: Any) -> None:
+        """Called before the first step, with the training set."""
+
+    def on_step(self, state: TrainState, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every optimizer step."""
+
+    def on_log(self, state: TrainState, logs: Mapping[str, float]) -> None:
+        """Called with what was logged; losses as `loss_<term>`."""
+
+
 def _from_base(settings: Any) -> str | None:
     return None
 
@@ -173,7 +205,7 @@ class Stage:
     identity: Callable[[Any, LatentConfig], dict[str, Any]] = _nothing
     reads: Store | None = None
     prepare: Callable[[Setup], Prepare | None] = lambda setup: None
-    callbacks: Callable[[Any, Setup], list[TrainerCallback]] = lambda model, setup: []
+    callbacks: Callable[[Any, Setup], list[Callback]] = lambda model, setup: []
     curriculum: Callable[[Setup], Curriculum | None] = lambda setup: None
     parameters: Callable[[Backbone, Setup], Weights] = single_model
     more_positions: Callable[[Setup], int] = lambda setup: 0

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
@@ -24,7 +23,7 @@ from latent_sft.method import layout
 from latent_sft.method.layout import Kind
 from latent_sft.method.losses import StepOutput
 from latent_sft.method.types import LatentSpec, ThoughtSpec
-from latent_sft.methods.base import Collate, Curriculum, Method, Model, Setup, Stage
+from latent_sft.methods.base import Callback, Collate, Curriculum, Method, Model, Setup, Stage, TrainState
 from latent_sft.methods.common import (
     kind_of,
     own_settings,
@@ -235,18 +234,18 @@ def numbered(rows: int, total_steps: int, seed: int, config: CoconutConfig) -> N
     return number
 
 
-class ForgetMoments(TrainerCallback):
+class ForgetMoments(Callback):
     """Empties the optimizer's state where a stage begins, as the published code does (a new optimizer)."""
 
     def __init__(self, config: CoconutConfig) -> None:
         self.config = config
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState, optimizer: torch.optim.Optimizer) -> None:
         """Compare the stage of the coming step with the last one's."""
         step = state.global_step
         stages = [stage_at(at, state.max_steps, self.config) for at in (max(step - 1, 0), step)]
         if stages[0] != stages[1]:
-            kwargs["optimizer"].state.clear()
+            optimizer.state.clear()
 
 
 def _model(setup: Setup) -> nn.Module:
@@ -261,7 +260,7 @@ def _batch(setup: Setup) -> Collate:
     return partial(coconut_batch, spec=setup.spec, config=setup.settings, loss_reduction=setup.train.loss_reduction)
 
 
-def _callbacks(model: nn.Module, setup: Setup) -> list[TrainerCallback]:
+def _callbacks(model: nn.Module, setup: Setup) -> list[Callback]:
     return [ForgetMoments(setup.settings)] if setup.settings.reset_optimizer else []
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from latent_sft.config.training import TrainConfig, need
 from latent_sft.data.collate import Batch, TokenRow
 from latent_sft.data.lengths import Number, count_tokens
 from latent_sft.inference.solve import Thinker
 from latent_sft.method.types import LatentSpec
-from latent_sft.methods.base import Curriculum, Method, Model, Setup, Stage, save_plain
+from latent_sft.methods.base import Callback, Curriculum, Method, Model, Setup, Stage, TrainState, save_plain
 from latent_sft.methods.common import own_settings
 from latent_sft.methods.cot import ExplicitModel, explicit_batch, explicit_lengths
 from latent_sft.models.load import load_lm, trainable
@@ -101,7 +101,7 @@ def icot_batch(rows: Sequence[TokenRow], spec: LatentSpec, config: ICoTConfig, *
     return explicit_batch(shown, spec, with_cot=True, loss_reduction=loss_reduction)
 
 
-class AtRemoval(TrainerCallback):
+class AtRemoval(Callback):
     """Where one token more is left out, forgets the best checkpoint and the optimizer's moments, while any is left.
 
     A model that still writes its CoT scores higher than one that has less of it to write, but is not what is wanted.
@@ -110,19 +110,19 @@ class AtRemoval(TrainerCallback):
     def __init__(self, steps_per_epoch: int, config: ICoTConfig) -> None:
         self.steps_per_epoch, self.config, self.longest = steps_per_epoch, config, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_begin(self, state: TrainState, rows: Any) -> None:
         """Look up how long the longest CoT is."""
-        self.longest = int(count_tokens(kwargs["train_dataloader"].dataset.rows, "cot").max())
+        self.longest = int(count_tokens(rows.rows, "cot").max())
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState, optimizer: torch.optim.Optimizer) -> None:
         """Compare the schedule of the coming step with the last one's."""
         at = state.global_step
         before, now = (removed_at(step, self.steps_per_epoch, self.config) for step in (max(at - 1, 0), at))
         if before == now or before >= self.longest:
             return
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        state.best_metric = state.best_global_step = None
         if self.config.reset_optimizer:
-            kwargs["optimizer"].state.clear()
+            optimizer.state.clear()
 
 
 def _model(setup: Setup) -> nn.Module:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig, need
@@ -29,7 +28,7 @@ from latent_sft.inference.solve import Thinker
 from latent_sft.memory import Backbone, Weights, itemsize
 from latent_sft.method import layout
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.methods.base import Collate, Method, Model, Setup, Stage, Store, save_plain
+from latent_sft.methods.base import Callback, Collate, Method, Model, Setup, Stage, Store, TrainState, save_plain
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm, save_thinker, trainable, twin
 from latent_sft.models.sharding import gathered_parameters
@@ -303,18 +302,18 @@ def _stage2_batch(setup: Setup) -> Collate:
     return partial(stage2_batch, spec=setup.spec, label_of=setup.latents, loss_reduction=setup.train.loss_reduction)
 
 
-class LateNoise(TrainerCallback):
+class LateNoise(Callback):
     """Turns the noise of stage 1 on after a share of the phase."""
 
     def __init__(self, model: Stage1Model, scale: float, start: float) -> None:
         self.model, self.scale, self.start = model, scale, start
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step(self, state: TrainState, optimizer: torch.optim.Optimizer) -> None:
         """Set the scale of the coming step; a resumed run finds it by its step."""
         self.model.noise_scale = self.scale if state.global_step >= self.start * state.max_steps else 0.0
 
 
-def _callbacks(model: Any, setup: Setup) -> list[TrainerCallback]:
+def _callbacks(model: Any, setup: Setup) -> list[Callback]:
     noise = setup.settings.noise_scale
     return [LateNoise(model, noise, setup.settings.noise_start)] if noise else []
 

@@ -17,7 +17,7 @@ the global batch, whatever way it is cut.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from latent_sft.config.schema import ModelConfig
 from latent_sft.config.training import need
@@ -36,7 +35,7 @@ from latent_sft.memory import Backbone, Weights, one_model
 from latent_sft.method.layout import Kind
 from latent_sft.method.losses import StepOutput
 from latent_sft.methods import coconut, self_distill
-from latent_sft.methods.base import Collate, Method, Model, Setup, Stage
+from latent_sft.methods.base import Callback, Collate, Method, Model, Setup, Stage, TrainState
 from latent_sft.methods.coconut import CoconutConfig, CoconutModel
 from latent_sft.methods.common import padded, save_with_thoughts, step_lengths, thinker_of
 from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel
@@ -117,7 +116,7 @@ class SimCotModel(nn.Module):
         position = torch.arange(read.shape[1], device=read.device) + (1 if self.per_slot else 0)
         hidden = hidden_states(self.decoder, read.to(unwrap_peft(self.decoder).dtype), position.expand(len(read), -1))
         labelled = hidden[:, width - 1 :].flatten(0, 1)[batch["step_index"]]
-        # the Trainer divides by all labels what has to be divided slot by slot
+        # the loop divides by all labels what has to be divided slot by slot
         sizes = batch["count_slots"]
         share = batch["count_step"] / sizes.clamp(min=1) / (sizes > 0).sum().clamp(min=1)
         weights = share[batch["step_slot"]][batch["step_index"] // batch["step_ids"].shape[1]]
@@ -193,20 +192,17 @@ def _written(row: TokenRow, base: SelfDistillConfig | CoconutConfig) -> list[lis
     return steps[:here]
 
 
-class StepsAreRead(TrainerCallback):
+class StepsAreRead(Callback):
     """Ends a stage whose data have no step that the decoder could write: its loss would be 0 without a word."""
 
-    def __init__(self) -> None:
-        self.logs, self.found = 0, False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_begin(self, state: TrainState, rows: Any) -> None:
         """Note where training begins."""
-        self.begun = state.global_step
+        self.begun, self.found = state.global_step, False
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, state: TrainState, logs: Mapping[str, float]) -> None:
         """Look at the loss, which is that of all processes."""
-        self.found = self.found or (logs or {}).get("loss_step", 0) > 0
-        if not self.found and "loss_step" in (logs or {}) and state.global_step - self.begun >= PATIENCE:
+        self.found = self.found or logs["loss_step"] > 0
+        if not self.found and state.global_step - self.begun >= PATIENCE:
             raise TrainingError(
                 f"no CoT of the first {state.global_step - self.begun} optimizer steps has a step that the decoder "
                 "could write: each is a single step, and the last one is left out. Give a CoT as a list of steps "

@@ -7,21 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers.trainer_callback import TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.errors import ArtefactError
-from latent_sft.methods.base import Setup, Stage
+from latent_sft.methods.base import Setup, Stage, TrainState
 from latent_sft.runs import FINISHED, Step
-from latent_sft.train.interruption import last_checkpoint, rotate
-from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
+from latent_sft.train.interruption import last_checkpoint, rotate, state_of
+from latent_sft.train.sampler import StepSampler
 
 log = logging.getLogger(__name__)
-
-
-def state_of(checkpoint: str) -> TrainerState:
-    """Return what the Trainer noted in a checkpoint."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def departures(step: Step, checkpoint: str | None, section: str, ends: bool = False) -> list[dict[str, Any]]:
@@ -45,7 +39,7 @@ def departures(step: Step, checkpoint: str | None, section: str, ends: bool = Fa
     return [*history, here] if departs and history[-1:] != [here] else history
 
 
-def check_length(step: Step, state: TrainerState, total: int, section: str) -> None:
+def check_length(step: Step, state: TrainState, total: int, section: str) -> None:
     """Say what a stage does that is to train longer, or refuse one that has trained longer than asked for."""
     if state.global_step > total:
         raise ArtefactError(
@@ -62,14 +56,7 @@ def check_length(step: Step, state: TrainerState, total: int, section: str) -> N
 
 
 def write_final(
-    state: TrainerState,
-    sampler: LengthBucketSampler | TokenBatchSampler,
-    stage: Stage,
-    setup: Setup,
-    step: Step,
-    seconds: float,
-    train_rows: int,
-    **results: Any,
+    state: TrainState, sampler: StepSampler, stage: Stage, setup: Setup, step: Step, train_rows: int, **results: Any
 ) -> None:
     """Write the final folder: what the stage started from, with the trained parameters of the best checkpoint.
 
@@ -83,7 +70,7 @@ def write_final(
     parameters = sum(p.numel() for p in model.parameters())
     stage.save(model, setup, step.final)
     step.finish(
-        train_seconds=round(seconds, 1),
+        train_seconds=round(state.seconds, 1),
         train_rows=train_rows,
         steps=state.global_step,
         examples_seen=sampler.examples_until(state.global_step),
@@ -99,4 +86,4 @@ def write_final(
     )
     rotate(step.directory, 0, needed)
     best = "none" if state.best_metric is None else f"{state.best_metric:.1%}"
-    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, seconds, step.final)
+    log.info("%s: validation accuracy %s, %.0f s, saved in %s", step.directory.name, best, state.seconds, step.final)

@@ -51,15 +51,16 @@ def check_terms(returned: Collection[str], weights: Mapping[str, float], counts:
     Args:
         returned: by the model.
         weights: of the terms of the stage; those of weight 0 may be left out.
-        counts: `count_<term>` of the batch.
+        counts: names in the batch.
 
     Raises:
         TrainingError: with the names of all three.
     """
     needed = {name for name, weight in weights.items() if weight}
+    counted = sorted(name for name in counts if name.startswith("count_"))
     if not needed <= {*returned} <= weights.keys() or not {f"count_{name}" for name in returned} <= {*counts}:
         raise TrainingError(
-            f"the model returned the loss terms {sorted(returned)} and the batch has {sorted(counts)}; expected the "
+            f"the model returned the loss terms {sorted(returned)} and the batch has {counted}; expected the "
             f"names of `Stage.terms`, {sorted(weights)} (all whose weight is not 0), and a count_<term> of each. Name "
             "them alike in the model, the batch and the stage."
         )

@@ -1,8 +1,8 @@
 """Stopping and going on: signals that end a stage at a step, and checkpoints that are complete or do not count.
 
-A checkpoint is a folder `checkpoint-<step>` of the Trainer (weights, optimizer, schedule, one random state a process,
-`trainer_state.json`) with our `complete.json` in it: the size of every file, written last, once every process has
-written its part. Only then are older ones deleted, so that at any moment one complete checkpoint is on disk.
+A checkpoint is a folder `checkpoint-<step>` (trained weights, optimizer, a random state of each process, and where
+training stands) with a `complete.json` in it: the size of every file, written last, once every process has written its
+part. Only then are older ones deleted, so that at any moment one complete checkpoint is on disk.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +24,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import distributed
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from latent_sft.config.training import TrainConfig
-from latent_sft.errors import ArtefactError, ConfigError, Interrupted, TrainingError
+from latent_sft.errors import ArtefactError, ConfigError, TrainingError
+from latent_sft.experiment.workspace import processes
+from latent_sft.methods.base import TrainState
 from latent_sft.runs import read_json, write_atomically, write_json
 
 MARKER = "complete.json"
+STATE_FILE = "trainer_state.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)
@@ -100,133 +103,59 @@ def same_step(train: TrainConfig, section: str, checkpoint: str | None, num_proc
     return dataclasses.replace(train, gradient_accumulation_steps=before * accumulated // num_processes)
 
 
-class ResumableTrainer(Trainer):
-    """Trainer whose checkpoints fail with a message and can be read by another number of processes."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (folder / MARKER).unlink(missing_ok=True)
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
-            raise _unwritten(folder, error) from error
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # save_strategy "best" saves if this is true, and forgets that a callback has asked for it
-        return super()._determine_best_metric(metrics, trial) or self.control.should_save
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        if checkpoint is not None and not (Path(checkpoint) / own).exists():
-            # another number of processes: noise and dropout are drawn anew, the same at every such resumption
-            set_seed(self.args.seed + 1_000_003 * self.state.global_step + self.args.process_index)
-
-
-class Interruption(TrainerCallback):
-    """Saves when it is time, makes a checkpoint count once it is complete, and ends the stage at a signal.
-
-    SIGTERM or SIGUSR1, on any process, lets every process finish the step, write a checkpoint and raise Interrupted.
-    Where that step is evaluated, the evaluation comes first, as it would have. Add it after callbacks that write into
-    the checkpoint.
-
-    Args:
-        name: of the stage.
-        keep: newest checkpoints that stay, the best one among them.
-        save_every: steps between checkpoints, beside one at each new best evaluation and the last step; 0: one at every
-            evaluation.
+class Signals:
+    """Listens to SIGTERM and SIGUSR1 in a `with` block, and lets the processes of a job agree.
 
     Attributes:
         requested: whether this process was told to stop.
     """
 
-    def __init__(self, name: str, keep: int, save_every: int) -> None:
-        self.name, self.keep, self.save_every = name, keep, save_every
-        self.requested, self.stopping, self._after_epoch = False, False, False
+    def __init__(self, timeout: timedelta) -> None:
+        self.requested, self.timeout = False, timeout
         self.group: Any = None
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen to signals; bring what is outside the checkpoint back to its step."""
-        if args.world_size > 1:
+    def __enter__(self) -> Signals:
+        """Listen, where this is the thread that gets signals."""
+        if processes().num_processes > 1:
             # on the CPU: asking the accelerator at every step would make the host wait for it
-            self.group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
+            self.group = distributed.new_group(backend="gloo", timeout=self.timeout)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
-        _keep_loader_workers(kwargs.get("train_dataloader"))
-        if args.process_index and not state.global_step:
-            set_seed(args.seed + args.process_index)  # else every process draws the same noise
-        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)  # as seen from here: the run may have moved
-        # the optimizer was saved with the learning rate of the schedule it had, which a prolonged stage leaves
-        schedule = kwargs["lr_scheduler"]
-        for group, peak, share in zip(
-            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = peak * share(schedule.last_epoch)
-        if state.is_world_process_zero:
-            drop_after(Path(args.output_dir) / "metrics.jsonl", state.global_step)
+        return self
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint where one is due, and stop where any process was told to."""
-        last = state.global_step >= state.max_steps
-        self.stopping = self._anyone_stops() and not last
-        if self.stopping:
-            log.info("%s: told to stop; finishing step %d", self.name, state.global_step)
-            control.should_training_stop = True
-        due = self.stopping or last or (self.save_every > 0 and state.global_step % self.save_every == 0)
-        # an evaluation at the end of the epoch belongs to its last step, and into its checkpoint
-        self._after_epoch = due and args.eval_strategy == "epoch" and (last or float(state.epoch).is_integer())
-        control.should_save = control.should_save or (due and not self._after_epoch)
-
-    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what waited for the evaluation of the epoch."""
-        control.should_save = control.should_save or self._after_epoch
-
-    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save every evaluated model, unless `save_every` says when."""
-        control.should_save = control.should_save or not self.save_every
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint complete, then delete old ones; end here if that was asked for.
-
-        Raises:
-            Interrupted: the stage was told to stop.
-            TrainingError: the disk is full.
-        """
-        folder = Path(args.output_dir)
-        self._wait()
-        if state.is_world_process_zero:
-            newest = folder / f"checkpoint-{state.global_step}"
-            try:
-                accumulated = args.gradient_accumulation_steps
-                mark_complete(newest, processes=args.world_size, gradient_accumulation_steps=accumulated)
-            except (OSError, ArtefactError) as error:
-                raise _unwritten(newest, error) from error
-            rotate(folder, self.keep, {state.global_step, state.best_global_step})
-        self._wait()  # a process that ends here makes the launcher end the others
-        if self.stopping:
-            raise Interrupted(f"{self.name}: stopped at step {state.global_step} of {state.max_steps}")
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         """Listen no longer."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def _anyone_stops(self) -> bool:
+    def anyone(self) -> bool:
+        """Return whether any process was told to stop."""
         if self.group is None:
             return self.requested
         flag = torch.tensor(int(self.requested))
         distributed.all_reduce(flag, group=self.group)
         return flag.item() > 0
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait for the other processes."""
         if self.group is not None:
             distributed.barrier(group=self.group)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def ignore_signals(worker: int) -> None:
+    """Keep a loader's worker alive: Slurm signals every process of a step, which is to be finished."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def state_of(checkpoint: str) -> TrainState:
+    """Return where training stood at a checkpoint."""
+    found = read_json(Path(checkpoint) / STATE_FILE)
+    return TrainState(**{name: found[name] for name in TrainState.__dataclass_fields__ if name in found})
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -275,29 +204,24 @@ def _problem(checkpoint: Path) -> str:
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or cut off"
     try:
-        read_json(checkpoint / "trainer_state.json")
+        read_json(checkpoint / STATE_FILE)
     except ArtefactError as error:
         return str(error)
     return ""
 
 
-def _unwritten(checkpoint: Path, error: Exception) -> TrainingError:
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    return TrainingError(
-        f"{checkpoint}: could not be written ({error}). The checkpoints before it are untouched; make room on the disk "
-        "and run the same command again, it goes on from the newest one."
-    )
+@contextmanager
+def deleted_unless_written(checkpoint: Path) -> Iterator[None]:
+    """Delete a checkpoint while whose writing the disk filled up.
 
-
-def _keep_loader_workers(loader: Any) -> None:
-    # Slurm signals every process of a step; a dead loader worker would end the step that is to be finished
-    if loader is None or not getattr(loader, "num_workers", 0):
-        return
-    loader.worker_init_fn = partial(_start_loader_worker, before=loader.worker_init_fn)
-
-
-def _start_loader_worker(worker: int, before: Any) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    if before is not None:
-        before(worker)
+    Raises:
+        TrainingError: it was not written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, ArtefactError) as error:  # torch's for a full disk: RuntimeError
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise TrainingError(
+            f"{checkpoint}: could not be written ({error}). The checkpoints before it are untouched; make room on the "
+            "disk and run the same command again, it goes on from the newest one."
+        ) from error

@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from latent_sft.data.lengths import Lengths, Number
 from latent_sft.errors import ConfigError
@@ -149,6 +150,18 @@ class TokenBatchSampler(Sampler[list[int]]):
         batches = order.split(self.sizes)
         for number in torch.randperm(len(batches), generator=generator)[: len(self)].tolist():
             yield batches[number].tolist()
+
+
+StepSampler = LengthBucketSampler | TokenBatchSampler
+
+
+def shared_out(sampler: StepSampler, micro_batch_size: int, num_processes: int, process: int) -> list[list[int]]:
+    """Return a process's micro-batches of the epoch that the sampler is set to, as many as the others have."""
+    if isinstance(sampler, TokenBatchSampler):
+        return list(sampler)[process::num_processes]
+    # where rows do not come out even, those of the beginning are taken again
+    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)
+    return list(BatchSamplerShard(batches, num_processes, process))
 
 
 def _numbered(examples: list[int], step: int, number: Number | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""ZeRO: DeepSpeed's configuration made from ours, and what Trainer and DeepSpeed leave to us.
+"""ZeRO: DeepSpeed's configuration made from ours, and what DeepSpeed leaves to us.
 
     settings            the JSON DeepSpeed gets; nothing in it says how the model is optimised but the configuration
     loading             a model that no process could hold is cut up while it is loaded
@@ -60,7 +60,7 @@ OURS = {
 def settings(config: Config, train: TrainConfig) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration of a stage, or None without ZeRO.
 
-    The optimizer and its schedule are the Trainer's, as without ZeRO; so are their numbers.
+    The optimizer and its schedule are the loop's, as without ZeRO; so are their numbers.
 
     Raises:
         ConfigError: `launch.deepspeed` is no readable JSON object, or sets what the configuration decides.
@@ -79,6 +79,7 @@ def settings(config: Config, train: TrainConfig) -> dict[str, Any] | None:
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "steps_per_print": 1_000_000_000,  # we log ourselves
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero | extra.pop("zero_optimization", {}),
     }
@@ -170,14 +171,6 @@ def one_dtype(model: nn.Module, deepspeed: dict[str, Any] | None) -> None:
         for parameter in model.parameters():
             if not is_partitioned([parameter]):
                 parameter.data = parameter.data.bfloat16()
-
-
-def end(launch: LaunchConfig) -> None:
-    """Load models whole again, as the Trainer of a ZeRO-3 stage has told transformers not to."""
-    if launch.zero:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
 
 
 def limit_waiting(timeout: timedelta) -> None:

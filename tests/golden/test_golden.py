@@ -66,7 +66,7 @@ def test_two_processes(tmp_path):
 
 def test_a_modified_tree_is_refused(monkeypatch, capsys):
     class Changed:
-        stdout = " M latent_sft/train/trainer.py\n"
+        stdout = " M latent_sft/train/loop.py\n"
 
     monkeypatch.setattr(record.subprocess, "run", lambda *args, **kwargs: Changed)
     monkeypatch.setattr(record, "trajectories", lambda *args: pytest.fail("recorded"))

@@ -17,7 +17,7 @@ from recipe_cases import base_tokenizer, save_base
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import latent_sft.train.run as run
+import latent_sft.train.loop as loop
 from latent_sft import cli
 from latent_sft.config.load import load_config
 from latent_sft.config.presets import resolve_config
@@ -151,7 +151,7 @@ def test_the_schedule_and_its_resets_are_the_published_ones(steps_per_epoch, set
     config, longest, epochs = ICoTConfig(**settings), 11, 6
     callback = AtRemoval(steps_per_epoch, config)
     loader = SimpleNamespace(dataset=Phased(Dataset.from_list([{"cot": [1] * n} for n in (3, longest, 1)])))
-    callback.on_train_begin(None, None, None, train_dataloader=loader)
+    callback.on_begin(None, loader.dataset)
     beyond = config.remove_all_from or math.inf
     resets = 0
     for step, (scheduled, reset) in enumerate(
@@ -161,7 +161,7 @@ def test_the_schedule_and_its_resets_are_the_published_ones(steps_per_epoch, set
         assert (math.inf if removed == 1 << 20 else removed) == scheduled
         state = SimpleNamespace(global_step=step, best_metric=0.5, best_global_step=1, best_model_checkpoint="x")
         optimizer = SimpleNamespace(state={"moments": 1})
-        callback.on_step_begin(None, state, None, optimizer=optimizer)
+        callback.on_step(state, optimizer)
         assert (not optimizer.state, state.best_metric is None, state.best_global_step is None) == (reset,) * 3
         resets += reset
     assert 0 < resets <= longest
@@ -232,13 +232,13 @@ def logged(folder: Path, tag: str) -> list[float]:
 
 def watched(patch: pytest.MonkeyPatch, act) -> None:
     """Call `act` with the examples of every batch that is made."""
-    original = run.with_ids
+    original = loop.with_ids
 
     def collate(rows, collate):
         act(rows)
         return original(rows, collate=collate)
 
-    patch.setattr(run, "with_ids", collate)
+    patch.setattr(loop, "with_ids", collate)
 
 
 def test_a_killed_stage_goes_on_to_the_same_weights(tiny_config, tmp_path):
@@ -247,14 +247,15 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tiny_config, tmp_path):
     class Killed(BaseException):
         pass
 
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 5:
+    def killed(self, batches):
+        if self.state.global_step == 5:
             raise Killed
+        return batches
 
     whole = train_stage(tiny_config(*SETTINGS, f"run_dir={tmp_path / 'whole'}"), "icot")
     config = tiny_config(*SETTINGS, f"run_dir={tmp_path / 'killed'}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.StageProgress, "on_step_begin", killed)
+        patch.setattr(loop.TrainingLoop, "_prepared", killed)
         with pytest.raises(Killed):
             train_stage(config, "icot")
     step = train_stage(config, "icot")
@@ -301,7 +302,7 @@ def test_a_longer_training_goes_on_with_the_same_schedule(tiny_config, tmp_path)
 def test_the_model_is_the_best_of_those_with_as_much_left_out(tiny_config, monkeypatch):
     """Accuracy falls as the CoT goes; a score from before the last removal does not count."""
     accuracies = iter([1.0, 0.75, 0.5, 0.25])
-    monkeypatch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
     step = train_stage(tiny_config(*SETTINGS, "icot.train.eval_every=2", "icot.train.micro_batch_size=4"), "icot")
     # 30 steps an epoch, a token every 4: steps 4 to 7 lack one token
     assert (step.results()["best_step"], step.results()["validation_accuracy"]) == (6, 0.5)
@@ -337,11 +338,12 @@ def test_a_stopped_stage_can_be_ended_where_it_stands(tiny_config):
     config = tiny_config(*SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
 
-        def stop(self, args, state, control, **kwargs):
-            if state.global_step == 3:
+        def stop(self, batches):
+            if self.state.global_step == 3:
                 raise KeyboardInterrupt
+            return batches
 
-        patch.setattr(run.StageProgress, "on_step_begin", stop)
+        patch.setattr(loop.TrainingLoop, "_prepared", stop)
         with pytest.raises(KeyboardInterrupt):
             train_stage(config, "icot")
     assert finish_stage(config, "icot").results()["ended_early"]

@@ -82,7 +82,7 @@ def test_moments_are_forgotten_where_a_stage_begins() -> None:
     callback = ForgetMoments(config)
     for step in range(10):
         optimizer = SimpleNamespace(state={"moments": 1})
-        callback.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=10), None, optimizer=optimizer)
+        callback.on_step(SimpleNamespace(global_step=step, max_steps=10), optimizer)
         if not optimizer.state:
             forgotten.append(step)
     assert forgotten == [2, 4]

@@ -16,6 +16,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+import latent_sft.train.loop as loop
 import latent_sft.train.run as run
 from latent_sft import cli
 from latent_sft.config.experiment import Config
@@ -50,14 +51,14 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 def stop_at(patch: pytest.MonkeyPatch, step: int, act) -> None:
     """Call `act` in the middle of the optimizer step `step`."""
-    original = run.StageProgress.on_step_begin
+    original = loop.TrainingLoop._prepared
 
-    def act_now(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step - 1:
+    def act_now(self, batches):
+        if self.state.global_step == step - 1:
             act()
+        return original(self, batches)
 
-    patch.setattr(run.StageProgress, "on_step_begin", act_now)
+    patch.setattr(loop.TrainingLoop, "_prepared", act_now)
 
 
 def terminate(number: int = signal.SIGTERM) -> None:
@@ -165,7 +166,7 @@ def test_a_killed_stage_uses_the_newest_complete_checkpoint(tiny_config, tmp_pat
             train_stage(config, "cot")
     folder = Path(config.directory) / "cot"
     names = sorted(p.name for p in (folder / "checkpoint-3").iterdir())
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "seconds.json", MARKER} <= {*names}
+    assert {"model.safetensors", "optimizer.pt", "random-0.pt", "trainer_state.json", MARKER} <= {*names}
     for name in names:
         for damage in ("missing", "cut off"):
             copy = tmp_path / f"{name}-{damage}"
@@ -200,17 +201,18 @@ def test_checkpoints_rotate_and_the_best_is_kept(tiny_config, monkeypatch):
     """The first evaluation is the best; it stays while newer checkpoints come and go, and becomes the final model."""
     config = tiny_config("cot.max_steps=8", "cot.save_every=1", "cot.save_total_limit=3", "cot.eval_every=2")
     accuracies = iter([0.25, 0.5, 0.5, 0.25])
-    monkeypatch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
     folder, seen = Path(config.directory) / "cot", {}
-    original = run.Interruption.on_save
+    original = loop.TrainingLoop._save
 
-    def look(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
+    def look(self):
+        original(self)
+        state = self.state
         seen[state.global_step] = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
         if state.global_step == 4:
             shutil.copytree(folder / "checkpoint-4", folder / "best")
 
-    monkeypatch.setattr(run.Interruption, "on_save", look)
+    monkeypatch.setattr(loop.TrainingLoop, "_save", look)
     train_stage(config, "cot")
     assert seen[4] == [2, 3, 4] or seen[4] == [3, 4]
     assert seen[8] == [4, 7, 8]
@@ -221,7 +223,7 @@ def test_checkpoints_rotate_and_the_best_is_kept(tiny_config, monkeypatch):
 def test_a_moved_run_still_knows_its_best_checkpoint(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("cot.max_steps=6", "cot.eval_every=2", f"run_dir={tmp_path / 'here'}")
     accuracies = iter([0.5, 0.25, 0.25])
-    monkeypatch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 5, terminate)
         with pytest.raises(Interrupted):
@@ -246,7 +248,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny_config, whole, monkeyp
         if part == "optimizer.pt":
             monkeypatch.setattr(torch, "save", full)
         elif part == "model.safetensors":
-            monkeypatch.setattr("latent_sft.train.trainer.save_file", full)
+            monkeypatch.setattr("latent_sft.train.loop.save_file", full)
         else:
             monkeypatch.setattr("latent_sft.runs.os.fsync", full)
 
@@ -301,7 +303,7 @@ def test_a_stop_before_training_begins_needs_nothing_to_be_closed(tiny_config, m
     def begin(*_args, **_kwargs):
         raise Interrupted("stopped by SIGTERM")
 
-    monkeypatch.setattr(run.LatentTrainer, "train", begin)
+    monkeypatch.setattr(run.TrainingLoop, "run", begin)
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
         train_stage(tiny_config(), "cot")
 

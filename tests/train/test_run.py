@@ -12,6 +12,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+import latent_sft.train.loop as loop
 import latent_sft.train.run as run
 from latent_sft import cli
 from latent_sft.config.experiment import Config
@@ -40,13 +41,13 @@ def same(one: Path, other: Path) -> bool:
 
 
 def stop_in_step(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = run.Interruption.on_step_begin
+    original = loop.TrainingLoop._prepared
 
-    def begin(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        self.requested = self.requested or state.global_step == step - 1
+    def begin(self, batches):
+        self.signals.requested |= self.state.global_step == step - 1
+        return original(self, batches)
 
-    patch.setattr(run.Interruption, "on_step_begin", begin)
+    patch.setattr(loop.TrainingLoop, "_prepared", begin)
 
 
 # -------------------------------------------------------------------------------------------------- prolonged
@@ -71,14 +72,15 @@ def test_the_learning_rate_of_a_prolonged_stage_is_that_of_the_longer_schedule(t
     straight = train_stage(tiny_config("cot.max_steps=8", f"run_dir={tmp_path / 'straight'}"), "cot")
     seen = []
 
-    class Rates(run.StageProgress):
-        def on_step_begin(self, args, state, control, **kwargs):
-            super().on_step_begin(args, state, control, **kwargs)
-            seen.append((state.global_step, kwargs["optimizer"].param_groups[0]["lr"]))
+    original = loop.TrainingLoop._prepared
+
+    def look(self, batches):
+        seen.append((self.state.global_step, self.optimizer.param_groups[0]["lr"]))
+        return original(self, batches)
 
     train_stage(tiny_config("cot.max_steps=4"), "cot")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "StageProgress", Rates)
+        patch.setattr(loop.TrainingLoop, "_prepared", look)
         step = train_stage(tiny_config("cot.epochs=3", "cot.max_steps=8"), "cot")
     expected = logged(straight.directory, "train/learning_rate")
     assert dict(seen) == {n: expected[n + 1] for n in range(4, 8)}
@@ -87,7 +89,7 @@ def test_the_learning_rate_of_a_prolonged_stage_is_that_of_the_longer_schedule(t
 
 def test_the_best_checkpoint_of_before_stays_the_model_where_nothing_better_comes(tiny_config, monkeypatch):
     accuracies = iter([0.5, 0.25, 0.25, 0.0])
-    monkeypatch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
     first = train_stage(tiny_config("cot.save_every=3"), "cot")  # the last step is saved anyway
     before = weights(first.directory)
     step = train_stage(tiny_config("cot.save_every=3", "cot.max_steps=8"), "cot")
@@ -136,7 +138,7 @@ def test_a_stopped_stage_is_ended_and_kept(tiny_config, tmp_path, monkeypatch, c
     accuracies = iter([0.5, 0.25])
     path = file_of(config, tmp_path / "config.yaml")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
+        patch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": next(accuracies)})
         stop_in_step(patch, 5)
         assert cli.main(["train", "cot", path]) == 75
     folder = Path(config.directory) / "cot"

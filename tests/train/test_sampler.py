@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState, skip_first_batches
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from latent_sft.data.lengths import Lengths
 from latent_sft.errors import ConfigError
@@ -19,8 +18,7 @@ from latent_sft.experiment.workspace import Workspace
 from latent_sft.method.types import Superposition
 from latent_sft.methods.cot import explicit_batch, explicit_lengths
 from latent_sft.methods.latent_sft import stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
-from latent_sft.train.callbacks import EpochOrder
-from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
+from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler, shared_out
 
 
 def one_part(lengths: list[int]) -> Lengths:
@@ -110,38 +108,27 @@ def test_steps_do_not_depend_on_how_processes_and_accumulation_share_them():
 
 @pytest.mark.parametrize("kind", ["tokens", "rows"])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_resumed_epoch_is_the_interrupted_one(kind, num_processes):
-    """accelerate hides the sampler behind its wrappers; the order of epoch 1 must be chosen nevertheless."""
-    PartialState(cpu=True)
-
-    def loader():
-        if kind == "tokens":
-            sampler = TokenBatchSampler(one_part([n % 13 + 1 for n in range(120)]), 40, 2, 7, "cot")
-            options = {"batch_sampler": sampler}
-        else:
-            sampler = LengthBucketSampler([n % 13 + 1 for n in range(120)], 8, 7)
-            options = {"batch_sampler": BatchSampler(sampler, 8 // num_processes, drop_last=False)}
-        prepared = prepare_data_loader(
-            DataLoader(range(120), collate_fn=list, **options),
-            num_processes=num_processes,
-            process_index=num_processes - 1,
-            even_batches=kind == "rows",
-            put_on_device=False,
-        )
-        return sampler, prepared
-
-    sampler, whole = loader()
-    whole.set_epoch(1)
-    sampler.set_epoch(1)
-    expected = list(whole)[3:]
-    sampler, fresh = loader()
-    resumed = skip_first_batches(fresh, 3)
-    step = SimpleNamespace(global_step=len(fresh) + 3)
-    EpochOrder(sampler).on_epoch_begin(
-        SimpleNamespace(gradient_accumulation_steps=1), step, None, train_dataloader=fresh
+def test_processes_share_out_an_epoch(kind, num_processes):
+    """All of them together have what one has, in its order, and each as many micro-batches."""
+    lengths = [n % 13 + 1 for n in range(120)]
+    size = 5
+    sampler = (
+        TokenBatchSampler(one_part(lengths), 40, 2, 7, "cot")
+        if kind == "tokens"
+        else LengthBucketSampler(lengths, size * num_processes, 7)
     )
-    resumed.set_epoch(1)  # as the Trainer does, after the callback
-    assert list(resumed) == expected
+    sampler.set_epoch(1)
+    whole = shared_out(sampler, size, 1, 0)
+    parts = [shared_out(sampler, size, num_processes, process) for process in range(num_processes)]
+    assert [batch for step in zip(*parts, strict=True) for batch in step] == whole
+    assert sorted(i for batch in whole for i in batch) == list(range(120))
+
+
+def test_processes_take_rows_again_where_they_do_not_come_out_even():
+    sampler = LengthBucketSampler([5] * 18, 8, 7)
+    parts = [shared_out(sampler, 4, 2, process) for process in (0, 1)]
+    assert [[len(batch) for batch in part] for part in parts] == [[4, 4, 4], [4, 4, 4]]
+    assert {i for part in parts for batch in part for i in batch} == set(range(18))
 
 
 def test_examples_are_counted():

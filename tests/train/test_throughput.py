@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import latent_sft.train.run as run
-import latent_sft.train.trainer as trainer
+import latent_sft.train.loop as loop
+import latent_sft.train.metrics as metrics
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.experiment.stores import make_labels, store_latents
@@ -70,15 +70,15 @@ def test_a_run_of_token_batches_resumes_in_the_middle_of_an_epoch(tiny_config, t
     class Killed(BaseException):
         pass
 
-    original = run.StageProgress.on_step_end
+    original = loop.StageProgress.advance
 
-    def stop_at_five(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
+    def stop_at_five(self, state):
+        original(self, state)
         if state.global_step == 5:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.StageProgress, "on_step_end", stop_at_five)
+        patch.setattr(loop.StageProgress, "advance", stop_at_five)
         with pytest.raises(Killed):
             train_stage(config, "cot")
     assert last_checkpoint(tmp_path / "cut" / "cot").endswith("checkpoint-4")
@@ -238,7 +238,7 @@ def test_devices_by_name():
 
 
 def test_mfu_is_operations_over_time_and_peak(tiny_config, monkeypatch):
-    monkeypatch.setattr(trainer, "device_peak", lambda: 1e9)
+    monkeypatch.setattr(metrics, "device_peak", lambda: 1e9)
     config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false")
     folders = [train_stage(config, "stage1-union").directory]
     make_labels(config)

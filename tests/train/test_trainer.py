@@ -89,17 +89,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path):
     class Killed(BaseException):
         pass
 
-    import latent_sft.train.run as run
+    import latent_sft.train.loop as loop
 
-    original = run.StageProgress.on_step_end
+    original = loop.StageProgress.advance
 
-    def stop_at_three(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
+    def stop_at_three(self, state):
+        original(self, state)
         if state.global_step == 3:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.StageProgress, "on_step_end", stop_at_three)
+        patch.setattr(loop.StageProgress, "advance", stop_at_three)
         with pytest.raises(Killed):
             train_stage(config, "cot")
     folder = tmp_path / "cut" / "cot"
@@ -171,10 +171,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_config, tmp_path):
 
 def test_a_stage_stops_when_it_has_converged(tiny_config):
     config = tiny_config("cot.max_steps=50", "cot.stop_at_accuracy=1e-9")
-    import latent_sft.train.run as run
+    import latent_sft.train.loop as loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "validation_metrics", lambda *_: {"accuracy": 0.5})
+        patch.setattr(loop, "validation_metrics", lambda *_: {"accuracy": 0.5})
         step = train_stage(config, "cot")
     assert step.results()["steps"] == 2
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY
 from train.own_latents import with_own_latents
 
-import latent_sft.train.run as run
+import latent_sft.train.loop as loop
 from latent_sft.config.experiment import Config
 from latent_sft.config.load import load_config
 from latent_sft.experiment.stores import make_labels
@@ -46,7 +46,7 @@ class Killed(BaseException):
 
 # a model in 16 bit trained as a whole, and adapters beside it, with autocast too
 _HALF = ["model.dtype=bfloat16"]
-_ADAPTERS = [*_HALF, "model.lora.rank=2"]
+_ADAPTERS = [*_HALF, "model.lora.rank=2", "sim_cot.decoder=lora"]  # whole, it would have to be float32
 HALVES = {
     "whole": _HALF,
     "adapters": _ADAPTERS,
@@ -70,15 +70,15 @@ def config_of(folder: Path, name: str, zero: int, *more: str, shared: bool = Fal
 
 def killed_at(step: int, config: Config, stage: str) -> None:
     """Train and end as a killed process would, after a step and before its checkpoint."""
-    original = run.StageProgress.on_step_end
+    original = loop.StageProgress.advance
 
-    def stop(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
+    def stop(self, state):
+        original(self, state)
         if state.global_step == step:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run.StageProgress, "on_step_end", stop)
+        patch.setattr(loop.StageProgress, "advance", stop)
         train_stage(config, stage)
 
 
@@ -140,14 +140,14 @@ def halves(folder: Path, kind: str) -> None:
 
 def hang(folder: Path) -> None:
     """Let the second process sleep after its second step, with a timeout of six seconds."""
-    original = run.StageProgress.on_step_end
+    original = loop.StageProgress.advance
 
-    def sleep(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 2 and args.process_index == 1:
+    def sleep(self, state):
+        original(self, state)
+        if state.global_step == 2 and processes().process_index == 1:
             time.sleep(600)
 
-    run.StageProgress.on_step_end = sleep
+    loop.StageProgress.advance = sleep
     config = config_of(folder, "hang", 2)
     train_stage(dataclasses.replace(config, launch=dataclasses.replace(config.launch, timeout_minutes=0.1)), "cot")
 

@@ -1,0 +1,203 @@
+"""Where logged numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases where asked for, and the progress bar.
+
+Project, entity and offline mode of Weights & Biases are set as its users know them: WANDB_PROJECT, WANDB_ENTITY and
+WANDB_MODE.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from latent_sft.errors import ConfigError, TrainingError
+from latent_sft.experiment.workspace import processes
+from latent_sft.methods.base import TrainState
+from latent_sft.train.flops import device_peak, step_flops
+
+Metrics = dict[str, float]
+Observed = dict[str, tuple[Tensor, Tensor]]
+
+log = logging.getLogger(__name__)
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise a ConfigError for a service of `report_to` whose package is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"report_to: {missing[0]} is not installed here. `pip install {missing[0]}`, or leave it out: TensorBoard "
+            "files and metrics.jsonl are written in any case."
+        )
+
+
+class Meter:
+    """Adds up what the micro-batches of a process say, until it is read.
+
+    Args:
+        model: of the stage, not wrapped.
+
+    Attributes:
+        since: when the clock of the throughput began.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.peak, self.warned = model, device_peak(), False
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def restart(self, step: int) -> None:
+        """Begin anew at an optimizer step."""
+        self.sums: dict[str, Tensor] = {}
+        self.since, self.step = time.monotonic(), step
+
+    def add(self, batch: dict[str, Tensor], losses: dict[str, Tensor], observed: Observed) -> None:
+        """Add a micro-batch. Sums stay tensors: reading them here would stop the device at every step."""
+        kind = batch["kind"]
+        sums = {**losses, "tokens": (kind > 0).sum(), "slots": torch.tensor(kind.numel())}
+        flops = None if self.peak is None else step_flops(self.model, batch)
+        if flops is not None:
+            sums["flops"] = flops
+        for name, (total, count) in observed.items():
+            sums[f"sum_{name}"], sums[f"count_{name}"] = total, count
+        for name, value in sums.items():
+            value = value.detach().double().to(kind.device)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def read(self, step: int, warm: bool) -> Metrics:
+        """Return what was added since the last time, over all processes, and restart.
+
+        Args:
+            step: optimizer steps made so far.
+            warm: the warm-up is over, so that collapsed latents are warned of.
+
+        Raises:
+            TrainingError: the loss is no finite number.
+        """
+        sums = dict(zip(self.sums, reduce(torch.stack([*self.sums.values()]), "sum").tolist(), strict=True))
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        logs = {name: value / (step - self.step) for name, value in sums.items() if name.startswith("loss")}
+        for name in sums:
+            if name.startswith("sum_") and sums[f"count_{name[4:]}"]:
+                logs[name[4:]] = sums[name] / sums[f"count_{name[4:]}"]
+        logs["tokens_per_second"] = sums["tokens"] / seconds
+        logs["padding_share"] = 1 - sums["tokens"] / sums["slots"]
+        if self.peak is not None and "flops" in sums:
+            logs["mfu"] = sums["flops"] / (seconds * self.peak * processes().num_processes)
+        if torch.cuda.is_available():
+            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.restart(step)
+        end_rate, spread = logs.get("end_token_rate", 0.0), logs.get("latent_entropy", 1.0)
+        # once: a collapse that begins does not go away by itself, and the numbers are in the log
+        if (end_rate > 0.5 or spread < 0.02) and warm and not self.warned:
+            self.warned = True
+            log.warning(
+                "step %d: the latents are collapsing (%.0f %% have </think> as top-1, mean entropy %.3f nats). Raise "
+                "latent.temperature, keep latent.exclude_end=true, start from the cot stage, or train both halves "
+                "together (docs/pipeline.md).", step, 100 * end_rate, spread,
+            )  # fmt: skip
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"step {step}: the loss is {logs['loss']}. Lower the learning rate, clip harder (max_grad_norm) or "
+                "train in float32; the last checkpoint is intact."
+            )
+        return logs
+
+
+class MetricsLog:
+    """Appends what is logged to `metrics.jsonl`, TensorBoard and, with `report_to`, to a run of its own a stage.
+
+    Args:
+        folder: of the stage.
+        report_to: the services.
+        title: of the run there.
+    """
+
+    def __init__(self, folder: Path, report_to: Sequence[str], title: str) -> None:
+        self.folder, self.report_to, self.title = folder, report_to, title
+        self.board: Any = None
+        self.wandb: Any = None
+
+    @contextmanager
+    def opened(self, state: TrainState) -> Iterator[None]:
+        """Open what is written to, on the first process."""
+        if not processes().is_main_process:
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
+        if "wandb" in self.report_to:
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "latent_sft"), name=self.title)
+        try:
+            yield
+        finally:
+            self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+    def write(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """Write one line and the scalars, `eval_<name>` as `eval/<name>` and the others as `train/<name>`."""
+        if self.board is None:
+            return
+        tags = {k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}": v for k, v in values.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": state.global_step, "seconds": round(state.seconds, 1), **tags}) + "\n")
+        for tag, value in tags.items():
+            self.board.add_scalar(tag, value, state.global_step)
+        if self.wandb is not None:
+            self.wandb.log({**tags, "train/global_step": state.global_step})
+
+
+class StageProgress:
+    """A bar with the last loss and accuracy at its end, on the first process, in a `with` block.
+
+    Lines instead of a bar where bars are off (TQDM_DISABLE), as for the ranks of a launched job.
+    """
+
+    def __init__(self, name: str, state: TrainState) -> None:
+        self.name = name
+        self.shown: dict[str, str] = {}
+        self.bar: Any = None
+        if processes().is_main_process:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, dynamic_ncols=True)
+
+    def __enter__(self) -> StageProgress:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, state: TrainState) -> None:
+        """Move the bar to the step."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def show(self, state: TrainState, values: Mapping[str, float]) -> None:
+        """Refresh the numbers at the end of the bar."""
+        names = {"loss": "loss", "loss_kl": "kl", "accuracy": "val_acc"}
+        self.shown |= {names[k]: f"{v:.3g}" for k, v in values.items() if k in names}
+        if self.bar is None:
+            return
+        if self.bar.disable and self.shown:
+            shown = " ".join(f"{k} {v}" for k, v in self.shown.items())
+            log.info("%s: step %d of %d, %s", self.name, state.global_step, state.max_steps, shown)
+        self.bar.set_postfix(self.shown, refresh=False)
