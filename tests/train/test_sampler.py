@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
+from latent_sft.data.collate import stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
 from latent_sft.data.lengths import Lengths
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import Superposition
 from latent_sft.methods.cot import explicit_batch, explicit_lengths
-from latent_sft.methods.latent_sft import stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
 from latent_sft.train.callbacks import EpochOrder
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler
 from latent_sft.workspace import Workspace
