@@ -206,7 +206,7 @@ class Workspace:
             "step": store.name or store.folder,
             "encoder": source.outcome if source else fingerprint(start),
             "data": self._data_identity(),
-            "latent": store.identity(self._latent()),
+            "latent": self._store_identity(store),
             "dtype": store.dtype or self.config.labels.dtype,
             "shard_size": self.config.labels.shard_size,
         }
@@ -224,8 +224,11 @@ class Workspace:
         return {
             "encoder": self.store_step(store).inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **store.identity(self._latent()),
+            **self._store_identity(store),
         }
+
+    def _store_identity(self, store: Store) -> dict[str, Any]:
+        return store.identity(self._settings(self._reader(store)), self._latent())
 
     def _reader(self, store: Store) -> str:
         return next(name for name, stage in STAGES.items() if stage.reads is store)

@@ -78,7 +78,7 @@ def save_with_thoughts(model: Any, setup: Setup, folder: Path) -> None:
 
 
 def drawn_anew(rows: int, total_steps: int, seed: int) -> Number:
-    """Return the function (optimizer step, row) -> number of the example, whose phase is the seed of what is drawn for it."""
+    """Return the function (optimizer step, row) -> number of the example; its phase is the seed of what is drawn."""
     return lambda step, row: random.Random(f"{seed}/{step}/{row}").getrandbits(24) * rows + row
 
 
