@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +28,19 @@ from models.test_exactness import (
 from reference import Example, Settings
 from reference_spans import mux
 
+from latent_sft.config.load import load_config
 from latent_sft.data.collate import encoder_batch, stage1_batch, stage1_lengths
+from latent_sft.errors import ConfigError
+from latent_sft.evaluation.run import evaluate
 from latent_sft.method.spans import merged_entropy, span_labels
 from latent_sft.method.types import Superposition
-from latent_sft.methods.latent_sft import FadingSpans, Stage1Config
+from latent_sft.methods import STAGES
+from latent_sft.methods.latent_sft import LABELS, FadingSpans, Stage1Config
 from latent_sft.models.stage1 import Stage1Model
+from latent_sft.stores import store_latents
+from latent_sft.train.run import train_stage
+from latent_sft.variants import jobs_of
+from latent_sft.workspace import Workspace
 
 REPEATS = [*EXAMPLES, Example(prompt=[8, 4], cot=[12, 11, 12, 12, 12], end_think=EXAMPLES[0].end_think, answer=[1])]
 
@@ -231,3 +241,76 @@ def test_the_span_term_fades() -> None:
 def test_options_are_off_by_default() -> None:
     config = Stage1Config()
     assert config.layout == {"suffix": False, "filler": False} and config.span_weight == 0
+
+
+# --------------------------------------------------------------------------------------------------------- experiment
+
+ALL = ["stage1.first_chunk=filler", "stage1.reconstruct=suffix", "stage1.span_weight=0.5", "stage1.span_until=0.5"]
+UNION = ["stage1.encoder.enabled=false", "stage1.decoder.enabled=false"]
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[tag] for line in lines if tag in line]
+
+
+def test_how_a_step_is_cut_up_changes_nothing(tiny_config, tmp_path) -> None:
+    found = {}
+    for way, size, accumulation in (("whole", 8, 1), ("cut", 2, 4)):
+        config = tiny_config(
+            *ALL, *UNION, f"run_dir={tmp_path / way}", f"stage1.union.micro_batch_size={size}",
+            f"stage1.union.gradient_accumulation_steps={accumulation}",
+        )  # fmt: skip
+        folder = train_stage(config, "stage1-union").directory
+        found[way] = [logged(folder, f"train/{name}") for name in ("loss", "loss_ce", "loss_span", "span_kl")]
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4) and len(ours) == 4
+    loss, ce, span, kl = found["whole"]
+    assert loss == pytest.approx([c + 0.5 * s for c, s in zip(ce, span, strict=True)], rel=1e-5)
+    assert span == pytest.approx([share * value for share, value in zip([1, 0.5, 0, 0], kl, strict=True)], rel=1e-5)
+
+
+def test_a_run_with_all_of_it(tiny_config) -> None:
+    """Three phases, labels and student: a latent more than chunks, and no span term where the encoder is frozen."""
+    config = tiny_config(*ALL, "eval.splits=[test]")
+    work = Workspace(config)
+    for name in ("stage1-encoder", "stage1-decoder", "stage1-union"):
+        folder = train_stage(config, name, work).directory
+        assert bool(logged(folder, "train/loss_span")) == (name != "stage1-decoder")
+    store_latents(work, "stage2")
+    label_of = work.setup("stage2").latents
+    assert label_of is not None
+    rows = work.data["train"].select(range(10)).to_list()
+    assert [len(label_of(r["id"], r["hash"]).ids) for r in rows] == [len(r["segment_lengths"]) + 1 for r in rows]
+    lengths = STAGES["stage2"].lengths(work.data["train"].select(range(10)), work.setup("stage2"))
+    collate = STAGES["stage2"].batch(work.setup("stage2"))
+    assert [collate([row])["ids"].shape[1] for row in rows] == lengths.width(lengths.parts).tolist()
+    train_stage(config, "stage2", work)
+    found = evaluate(config, models=["stage1", "latent-sft"])
+    assert found["stage1"]["test"]["num_examples"] == 12
+
+
+def test_what_is_off_leaves_a_run_what_it_was(tiny_config) -> None:
+    plain = Workspace(tiny_config()).step("stage1-union").inputs
+    assert not {"reconstruct", "span"} & plain.keys() and "first_chunk" not in plain["latent"]
+    same = tiny_config("stage1.span_rho=0.5", "stage1.span_until=0.5")  # nothing is drawn to a code word
+    assert Workspace(same).step("stage1-union").inputs == plain
+    steps = [Workspace(tiny_config(option)) for option in ALL[:3]]
+    assert len({work.step("stage1-union").fingerprint for work in steps}) == 3
+    assert "first_chunk" in steps[0].store_step(LABELS).inputs["latent"]
+
+
+@pytest.mark.parametrize("setting", ["span_weight=-1", "span_rho=0", "span_until=0"])
+def test_settings_out_of_range(setting: str, tiny_config) -> None:
+    with pytest.raises(ConfigError, match=f"stage1.{setting.split('=')[0]}: got"):
+        tiny_config(f"stage1.{setting}")
+
+
+@pytest.mark.parametrize("name", ["rates_arithmetic", "compare_high_rates"])
+def test_a_rate_starts_from_the_student_of_the_one_before(name: str, tmp_path: Path) -> None:
+    jobs = jobs_of(name, [f"run_dir={tmp_path}", "seed=3", "compare.seeds=[3]"])
+    chained = [job for job in jobs if job.config.stage1.union.start_from]
+    assert len(chained) >= 2 and load_config(name).compare.jobs == 1  # or they would not run in order
+    for job in chained:
+        before = jobs[jobs.index(job) - 1]
+        assert job.config.stage1.union.start_from == str(before.directory / "stage2")
