@@ -224,7 +224,9 @@ def load_of(stage: str, setup: Setup, examples: Examples) -> Load:
         positions=batch["kind"].numel() + rows * STAGES[stage].more_positions(setup),
         encoder_positions=batch["encoder_kind"].numel() if "encoder_kind" in batch else 0,
         superposed=int((batch["kind"] == Kind.LATENT).sum()) if superposes else 0,
-        labels=sum(len(part) for key, part in batch.items() if key.endswith("targets") or key == "kl_index"),
+        labels=sum(
+            len(part) for key, part in batch.items() if key.endswith("targets") or key in ("kl_index", "span_index")
+        ),
     )
 
 

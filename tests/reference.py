@@ -299,6 +299,18 @@ def _token_losses(logits: Tensor, slots: Sequence[Slot]) -> list[list[Tensor]]:
     return [groups[chunk] for chunk in sorted(groups)]
 
 
+def _at_markers(
+    encoder: Any, marker: Tensor, decoder: Any, example: Example, settings: Settings
+) -> tuple[list[Tensor], Tensor]:
+    """Hidden states [D] at the markers, and the table [V, D] that projects them."""
+    slots = encoder_slots(example, pieces_of(example, settings.rate), settings.marker_positions)
+    table = encoder.get_input_embeddings().weight
+    inputs = [marker if slot.kind == "marker" else table[slot.token] for slot in slots]
+    hidden = _hidden(encoder, inputs, slots, induction_visible)
+    owner = decoder.get_input_embeddings() if settings.projection == "input" else decoder.get_output_embeddings()
+    return [hidden[t] for t, slot in enumerate(slots) if slot.kind == "marker"], owner.weight.detach()
+
+
 def encode(
     encoder: Any, marker: Tensor, decoder: Any, example: Example, settings: Settings
 ) -> list[tuple[Tensor, Tensor]]:
@@ -309,13 +321,8 @@ def encode(
         marker: [D], the marker's input embedding.
         decoder: a `LlamaForCausalLM`, whose input table or head projects.
     """
-    slots = encoder_slots(example, pieces_of(example, settings.rate), settings.marker_positions)
-    table = encoder.get_input_embeddings().weight
-    inputs = [marker if slot.kind == "marker" else table[slot.token] for slot in slots]
-    hidden = _hidden(encoder, inputs, slots, induction_visible)
-    owner = decoder.get_input_embeddings() if settings.projection == "input" else decoder.get_output_embeddings()
-    markers = [t for t, slot in enumerate(slots) if slot.kind == "marker"]
-    return [_superposed(hidden[t], owner.weight.detach(), settings, example.end_think[0]) for t in markers]
+    states, projection = _at_markers(encoder, marker, decoder, example, settings)
+    return [_superposed(hidden, projection, settings, example.end_think[0]) for hidden in states]
 
 
 def stage1_loss(encoder: Any, marker: Tensor, decoder: Any, examples: Sequence[Example], settings: Settings) -> Tensor:
@@ -332,6 +339,57 @@ def stage1_loss(encoder: Any, marker: Tensor, decoder: Any, examples: Sequence[E
         hidden = _hidden(decoder.model, inputs, slots, supervision_visible)
         losses.append(_token_losses(decoder.lm_head(hidden), slots))
     return settings.ce_weight * normalise(losses, settings.loss_reduction)
+
+
+def suffix_slots(example: Example, pieces: Sequence[Sequence[int]], cut: int) -> list[Slot]:
+    """u_I and t_I of suffix reconstruction: [P, z_1, ..., z_I, S_{I+1}, ..., S_N, E, A] at positions 0, 1, 2, ..."""
+    plain: list[tuple[str, int, int | None]] = [("prompt", 0, token) for token in example.prompt]
+    plain += [("latent", i, None) for i in range(1, cut + 1)]
+    plain += [("text", i, token) for i, piece in enumerate(pieces, start=1) if i > cut for token in piece]
+    plain += [("end", 0, token) for token in example.end_think]
+    plain += [("answer", 0, token) for token in example.answer]
+    return [Slot(kind, chunk, token, position) for position, (kind, chunk, token) in enumerate(plain)]
+
+
+def suffix_loss(
+    encoder: Any, marker: Tensor, decoder: Any, examples: Sequence[Example], cuts: Sequence[int], settings: Settings
+) -> Tensor:
+    """The loss of stage 1 where the decoder recovers all that follows z_I, I = cuts[example]."""
+    losses = []
+    for example, cut in zip(examples, cuts, strict=True):
+        slots = suffix_slots(example, pieces_of(example, settings.rate), cut)
+        table = decoder.get_input_embeddings().weight
+        latents = encode(encoder, marker, decoder, example, settings)
+        mixed = [sum(a * table.detach()[v] for v, a in zip(*latent, strict=True)) for latent in latents]
+        inputs = [
+            mixed[slot.chunk - 1].to(table.dtype) if slot.kind == "latent" else table[slot.token] for slot in slots
+        ]
+        logits = decoder.lm_head(_hidden(decoder.model, inputs, slots, _causal))
+        losses.append(_token_losses(logits, slots))
+    return settings.ce_weight * normalise(losses, settings.loss_reduction)
+
+
+def span_loss(
+    encoder: Any,
+    marker: Tensor,
+    decoder: Any,
+    examples: Sequence[Example],
+    word_of: Any,
+    settings: Settings,
+) -> Tensor:
+    """KL(code word of a chunk || softmax over the vocabulary at its marker), mean over an example's chunks, then over
+    examples; `word_of(chunk)` is {id: mass}. An empty chunk has no word; an example of such chunks does not count."""
+    means = []
+    for example in examples:
+        states, projection = _at_markers(encoder, marker, decoder, example, settings)
+        terms = []
+        for hidden, piece in zip(states, pieces_of(example, settings.rate), strict=True):
+            if piece:
+                log_p = torch.log_softmax((projection @ hidden).double() / settings.temperature, dim=-1)
+                terms.append(sum(m * (math.log(m) - log_p[v]) for v, m in word_of(piece).items()))
+        if terms:
+            means.append(sum(terms) / len(terms))
+    return sum(means) / len(means)
 
 
 def stage2_loss(

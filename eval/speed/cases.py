@@ -25,13 +25,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.speed import plain
 from latent_sft.config.load import load_config
+from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.experiment.workspace import Workspace
 from latent_sft.inference.generate import generate
 from latent_sft.method.layout import fixed_segments
 from latent_sft.method.types import LatentSpec, Superposition, ThoughtSpec
 from latent_sft.methods import STAGES
 from latent_sft.methods.cot import ExplicitModel, explicit_batch
-from latent_sft.methods.latent_sft import oracle_latents, stage1_batch, stage2_batch
+from latent_sft.methods.latent_sft import oracle_latents
 from latent_sft.methods.self_distill import SelfDistillConfig, SelfDistillModel, distill_batch
 from latent_sft.methods.self_distill import kava as kava_settings
 from latent_sft.models.stage1 import Stage1Model

@@ -133,7 +133,7 @@ class Experiment:
             "step": store.name or store.folder,
             "encoder": self._outcome(source) if source else fingerprint(start),
             "data": self.of_data,
-            "latent": store.identity(self.latent),
+            "latent": self.store_identity(store),
             "dtype": store.dtype or self.config.labels.dtype,
             "shard_size": self.config.labels.shard_size,
         }
@@ -149,6 +149,10 @@ class Experiment:
     def store_source_name(self, store: Store) -> str | None:
         """Return the stage whose model makes a store that is a step of its own; None where that is the base model."""
         return store.source(self._settings(self._reader(store)))
+
+    def store_identity(self, store: Store) -> dict[str, Any]:
+        """Return what decides a store's latents beside the model that makes them."""
+        return store.identity(self._settings(self._reader(store)), self.latent)
 
     def _given(self, name: str) -> GivenStep:
         folder = Path(self.config.stage(name).start_from)
@@ -271,7 +275,7 @@ class Workspace(Experiment):
         return {
             "encoder": self.store_step(store).inputs["encoder"],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            **store.identity(self.latent),
+            **self.store_identity(store),
         }
 
     def weights_of(self, folder: Path) -> str:

@@ -29,7 +29,7 @@ class Kind(IntEnum):
     TEXT = 1  # prompt in the decoder; every text token in the encoder and in explicit sequences
     LATENT = 2
     CHUNK = 3  # CoT token of a branch, supervision mask only
-    TAIL = 4  # </think> and the answer
+    TAIL = 4  # </think> and the answer, and the CoT before them where it is written out
     MARKER = 5  # encoder query whose hidden state becomes a latent
 
 
@@ -83,7 +83,7 @@ def encoder_row(
 
     Args:
         prompt: prompt with `<think>` at its end.
-        segments: CoT segments.
+        segments: CoT segments; an empty one in front gives a latent of the prompt alone, in both layouts of stage 1.
         end_think: tokens of `</think>`.
         stretched: True gives positions 0..T-1 (published); False lets a marker share the position of the CoT token
             before it, so that text keeps the positions it has without markers.
@@ -156,14 +156,39 @@ def stage2_row(
 
     The KL target of z_i is read at the position before it: `len(prompt) - 1 + i` for i = 0..N-1.
     """
-    tail = [*end_think, *answer]
+    return suffix_row(prompt, num_latents, [], end_think, answer, loss_reduction)
+
+
+def suffix_row(
+    prompt: Sequence[int],
+    num_latents: int,
+    rest: Sequence[Sequence[int]],
+    end_think: Sequence[int],
+    answer: Sequence[int],
+    loss_reduction: str,
+) -> Row:
+    """Lay out `[P, z_1..z_I, S_{I+1}, ..., S_N, E, A]` at plain positions, all of it causal (suffix reconstruction).
+
+    Targets are all that stands behind z_I; for `segment` each S_i of it, and E with A.
+
+    Args:
+        prompt: prompt with `<think>` at its end.
+        num_latents: I.
+        rest: the segments S_{I+1}..S_N.
+        end_think: tokens of `</think>`.
+        answer: answer tokens with EOS.
+        loss_reduction: `token`, `segment` or `sample`.
+    """
     row = _text_row(prompt)
     for i in range(num_latents):
         _extend(row, [0], Kind.LATENT, i, [len(prompt) + i])
-    last = len(row.ids) - 1
-    _extend(row, tail, Kind.TAIL, -1, range(last + 1, last + 1 + len(tail)))
-    row.target[last : last + len(tail)] = tail
-    _set_weights(row, [list(range(last, last + len(tail)))], loss_reduction)
+    groups = []
+    for part in (*rest, [*end_think, *answer]):
+        last = len(row.ids) - 1
+        _extend(row, part, Kind.TAIL, -1, range(last + 1, last + 1 + len(part)))
+        row.target[last : last + len(part)] = part
+        groups.append(list(range(last, last + len(part))))
+    _set_weights(row, groups, loss_reduction)
     return row
 
 

@@ -53,6 +53,13 @@ def span_labels(spans: Sequence[Sequence[int]], rho: float, width: int) -> Super
     return Superposition(ids, weights)
 
 
+def merged_entropy(words: Superposition) -> Tensor:
+    """Return the entropies of labels `[..., K]` in nats, `[...]`, with the weights of repeated tokens added up."""
+    same = words.ids[..., :, None] == words.ids[..., None, :]
+    masses = (same * words.weights[..., None, :]).sum(-1)
+    return -torch.xlogy(words.weights, masses).sum(-1)
+
+
 def separation(length: int, rho: float) -> float:
     """Return the smallest gap between the sums of two different subsets of the weights of a span.
 

@@ -94,7 +94,7 @@ class Store:
         folder: below the run directory.
         meaning: one line for `plan`.
         source: settings -> the stage whose model makes them; None is the base model.
-        identity: `latent` section -> what decides the latents beside the model.
+        identity: settings, `latent` section -> what decides the latents beside the model.
         dtype: of the weights; empty takes `labels.dtype`.
         model: setup of the reading stage -> the model that makes them.
         encode: model, rows, batch size -> latents of each row, in order.
@@ -104,7 +104,7 @@ class Store:
     folder: str
     meaning: str
     source: Callable[[Any], str | None]
-    identity: Callable[[LatentConfig], dict[str, Any]]
+    identity: Callable[[Any, LatentConfig], dict[str, Any]]
     dtype: str
     model: Callable[[Setup], nn.Module]
     encode: Callable[[Any, Sequence[TokenRow], int], Iterable[Superposition]]

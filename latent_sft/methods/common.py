@@ -8,6 +8,7 @@ the last latent or prompt token), the others for the part's own tokens.
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from latent_sft.config.schema import LatentConfig
 from latent_sft.data.collate import Batch, TokenRow
+from latent_sft.data.lengths import Number
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.inference.solve import Thinker
 from latent_sft.method.layout import IGNORE, Kind, Row
@@ -73,6 +75,11 @@ def save_with_thoughts(model: Any, setup: Setup, folder: Path) -> None:
         save_thinker(folder, setup.spec, "continuous", spec)
     else:
         save_thinker(folder, setup.spec, "explicit")
+
+
+def drawn_anew(rows: int, total_steps: int, seed: int) -> Number:
+    """Return the function (optimizer step, row) -> number of the example; its phase is the seed of what is drawn."""
+    return lambda step, row: random.Random(f"{seed}/{step}/{row}").getrandbits(24) * rows + row
 
 
 def step_lengths(row: TokenRow) -> list[int]:

@@ -17,18 +17,29 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig, need
-from latent_sft.data.collate import Batch, LabelOf, TokenRow, count_of, padded, stacked, targets_of, two_track
-from latent_sft.data.lengths import Lengths, count_tokens, single
+from latent_sft.data.collate import TokenRow, encoder_batch, stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.inference.solve import Thinker
 from latent_sft.memory import Backbone, Weights, itemsize
-from latent_sft.method import layout
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.methods.base import Callback, Collate, Method, Model, Setup, Stage, Store, TrainState, save_plain
+from latent_sft.methods.base import (
+    Callback,
+    Collate,
+    Curriculum,
+    Method,
+    Model,
+    Setup,
+    Stage,
+    Store,
+    TrainState,
+    cross_entropy_alone,
+    save_plain,
+)
+from latent_sft.methods.common import drawn_anew
 from latent_sft.models.backbone import head_table, input_table
 from latent_sft.models.load import add_lora, initial_marker, load_lm, merged, save_lm, save_thinker, trainable, twin
 from latent_sft.models.sharding import gathered_parameters
@@ -51,6 +62,19 @@ class Stage1Config:
     nearly; a decoder that has read noisy ones still reads those."""
     noise_start: float = 0.5
     """Share of a phase's steps before that noise begins; from the first step on it keeps a phase from converging."""
+    reconstruct: Literal["next", "suffix"] = "next"
+    """What the decoder recovers. next: from each latent the chunk that follows (published). suffix: from the latents up
+    to one drawn anew each time a row is shown, all that follows: chunks, `</think>` and answer (LatentGRM)."""
+    first_chunk: Literal["skip", "filler"] = "skip"
+    """skip: nothing recovers the first chunk (published). filler: a latent of the prompt alone stands in front of the
+    others, in stage 2 and while solving too, and the first chunk is recovered from it."""
+    span_weight: float = 0.0
+    """Weight of a loss term that draws each latent to the code word of its chunk (see `spans`): KL over the vocabulary
+    at the marker, while an encoder trains."""
+    span_rho: float = 0.7
+    """Ratio of the weight of a chunk's token to the one before, in those code words."""
+    span_until: float = 1.0
+    """Share of a phase's steps over which that weight falls to 0, linearly; 1 keeps it."""
     attention: Literal["auto", "two_track", "flex", "dense"] = "auto"
     """How the structured attention is computed, not what: two_track and flex (CUDA) skip masked pairs, dense builds
     the whole mask and is the reference. auto: two_track where the model can, else dense."""
@@ -63,6 +87,19 @@ class Stage1Config:
     def __post_init__(self) -> None:
         need(self.noise_scale >= 0, "stage1.noise_scale", self.noise_scale, "a number >= 0")
         need(0 <= self.noise_start < 1, "stage1.noise_start", self.noise_start, "0 <= share < 1")
+        need(self.span_weight >= 0, "stage1.span_weight", self.span_weight, "a number >= 0")
+        need(0 < self.span_rho <= 1, "stage1.span_rho", self.span_rho, "0 < rho <= 1")
+        need(0 < self.span_until <= 1, "stage1.span_until", self.span_until, "0 < share <= 1")
+
+    @property
+    def filler(self) -> bool:
+        """Whether a latent of the prompt alone stands in front of the others."""
+        return self.first_chunk == "filler"
+
+    @property
+    def layout(self) -> dict[str, bool]:
+        """How `stage1_batch` and `stage1_lengths` lay rows out."""
+        return {"suffix": self.reconstruct == "suffix", "filler": self.filler}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,111 +118,6 @@ class LabelsConfig:
         need(self.num_processes >= 1, "labels.num_processes", self.num_processes, "an integer >= 1")
 
 
-def stage1_batch(
-    rows: Sequence[TokenRow], spec: LatentSpec, *, loss_reduction: str, label_of: LabelOf | None = None
-) -> Batch:
-    """Batch for the encoder and the stage-1 decoder, both in two-track order (`layout.two_track`).
-
-    Keys without prefix belong to the decoder, `encoder_*` to the encoder; `latent_mask` `[B, N]` says which latents are
-    real. Where `label_of` gives the latents of a frozen encoder, `latent_ids` and `latent_weights` `[B, N, K]` take the
-    place of the encoder's half.
-    """
-    segments = [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows]
-    laid = [
-        layout.decoder_row(r["prompt"], s, spec.end_think_ids, r["answer"], loss_reduction)
-        for r, s in zip(rows, segments, strict=True)
-    ]
-    tracks, place = two_track(laid, spec.pad_id)
-    batch = {**tracks, **targets_of(laid, place), "count_ce": count_of(laid, loss_reduction)}
-    if label_of is None:
-        return {**batch, **_encoder_part(rows, segments, spec)}
-    labels = [label_of(r["id"], r["hash"]) for r in rows]
-    latent_ids, latent_weights = stacked(labels)
-    mask = torch.tensor([[i < len(s) for i in range(latent_ids.shape[1])] for s in segments])
-    return {**batch, "latent_ids": latent_ids, "latent_weights": latent_weights, "latent_mask": mask}
-
-
-def encoder_batch(rows: Sequence[TokenRow], spec: LatentSpec) -> Batch:
-    """The encoder's half of `stage1_batch`, for labels and oracle latents."""
-    return _encoder_part(rows, [layout.split_cot(r["cot"], r["segment_lengths"]) for r in rows], spec)
-
-
-def stage2_batch(rows: Sequence[TokenRow], spec: LatentSpec, *, label_of: LabelOf, loss_reduction: str) -> Batch:
-    """Batch for stage 2: `latent_ids`, `latent_weights` `[B, N, K]` hold the stored labels, `kl_*` where they are read.
-
-    Args:
-        rows: tokenised rows.
-        spec: settings.
-        label_of: (row id, row hash) -> stored superpositions `[N, K]`.
-        loss_reduction: of the cross-entropy; the KL is a mean over latents, then over examples.
-    """
-    labels = [label_of(r["id"], r["hash"]) for r in rows]
-    laid = [
-        layout.stage2_row(r["prompt"], len(s.ids), spec.end_think_ids, r["answer"], loss_reduction)
-        for r, s in zip(rows, labels, strict=True)
-    ]
-    filled, place = padded(laid, spec.pad_id)
-    batch = {**filled, **targets_of(laid, place), "count_ce": count_of(laid, loss_reduction)}
-    latent_ids, latent_weights = stacked(labels)
-    length, width = batch["ids"].shape[1], latent_ids.shape[1]
-    kl_index: list[int] = []
-    kl_latent: list[int] = []
-    kl_weights: list[float] = []
-    for b, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        n = len(label.ids)
-        first = b * length + len(row["prompt"]) - 1
-        kl_index += range(first, first + n)
-        kl_latent += range(b * width, b * width + n)
-        kl_weights += [1.0 / n] * n
-    return {
-        **batch,
-        "latent_ids": latent_ids,
-        "latent_weights": latent_weights,
-        "kl_index": torch.tensor(kl_index),
-        "kl_latent": torch.tensor(kl_latent),
-        "kl_weights": torch.tensor(kl_weights),
-        "count_kl": torch.tensor(float(len(rows))),
-    }
-
-
-def _encoder_part(rows: Sequence[TokenRow], segments: list[list[list[int]]], spec: LatentSpec) -> Batch:
-    stretched = spec.marker_positions == "stretched"
-    laid = [
-        layout.encoder_row(r["prompt"], s, spec.end_think_ids, stretched) for r, s in zip(rows, segments, strict=True)
-    ]
-    tracks, _ = two_track(laid, spec.pad_id)
-    counts = torch.tensor([len(s) for s in segments])
-    latent_mask = torch.arange(int(counts.max())) < counts[:, None]
-    return {**{f"encoder_{k}": v for k, v in tracks.items()}, "latent_mask": latent_mask}
-
-
-def stage1_lengths(data: Any, spec: LatentSpec) -> Lengths:
-    """Lengths of the longer of the stage-1 decoder's sequence and the encoder's, in two-track order.
-
-    Padded apart: the main track of each, the number of chunks, their longest, and the number of markers. A chunk's last
-    token is not in the batch, so a chunk of one token is none (`layout.two_track`).
-    """
-    segments = [list(lengths) for lengths in data["segment_lengths"]]
-    latents = torch.tensor([len(s) for s in segments])
-    chunks = torch.tensor([sum(length > 1 for length in s[1:]) for s in segments])
-    chunk = torch.tensor([max((length - 1 for length in s[1:]), default=0) for s in segments])
-    prompt = count_tokens(data, "prompt")
-    main = prompt + latents + len(spec.end_think_ids) + count_tokens(data, "answer") - 1
-    parts = torch.stack([main, chunks, chunk, prompt + count_tokens(data, "cot"), latents], dim=1)
-    return Lengths(parts, _stage1_width)
-
-
-def _stage1_width(parts: Tensor) -> Tensor:
-    main, chunks, chunk, text, markers = parts.unbind(-1)
-    return torch.maximum(main + chunks * chunk, text + markers)
-
-
-def stage2_lengths(data: Any, spec: LatentSpec) -> Lengths:
-    """Lengths of `[P, z_1..z_N, E, A]`."""
-    latents = count_tokens(data, "segment_lengths")
-    return single(count_tokens(data, "prompt") + latents + len(spec.end_think_ids) + count_tokens(data, "answer"))
-
-
 @torch.inference_mode()
 def oracle_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int) -> Iterable[Superposition]:
     """Yield the encoder's latents `[N, K]` of every row, on the CPU, in order."""
@@ -193,7 +125,7 @@ def oracle_latents(model: Stage1Model, rows: Sequence[TokenRow], batch_size: int
     model.eval()
     for first in range(0, len(rows), batch_size):
         chunk = rows[first : first + batch_size]
-        batch = {k: v.to(model.marker.device) for k, v in encoder_batch(chunk, model.spec).items()}
+        batch = {k: v.to(model.marker.device) for k, v in encoder_batch(chunk, model.spec, model.filler).items()}
         with gathered_parameters(model.parameters()):
             latent = model.encode(batch)
         ids, weights = latent.ids.cpu(), latent.weights.float().cpu()
@@ -225,10 +157,13 @@ def phase_start(setup: Setup, *, encoder: bool = False, decoder: bool = False) -
     first, second = (setup.trained_model if trained else setup.model for trained in (encoder, decoder))
     attention = setup.settings.attention
     if setup.source in PHASES or (Path(setup.start) / MARKER_FILE).exists():
-        return load_stage1(Path(setup.start), first, second, setup.spec, attention)
-    reader = load_lm(setup.start, first)
-    marker = initial_marker(reader, setup.spec)
-    return Stage1Model(reader, load_lm(setup.start, second), marker, setup.spec, attention)
+        model = load_stage1(Path(setup.start), first, second, setup.spec, attention)
+    else:
+        reader = load_lm(setup.start, first)
+        marker = initial_marker(reader, setup.spec)
+        model = Stage1Model(reader, load_lm(setup.start, second), marker, setup.spec, attention)
+    model.filler = setup.settings.filler
+    return model
 
 
 def shared_start(setup: Setup) -> Stage1Model:
@@ -250,6 +185,7 @@ def shared_start(setup: Setup) -> Stage1Model:
     model = Stage1Model(encoder, decoder, marker, setup.spec, attention=setup.settings.attention)
     model.encoder = add_lora(model.encoder, setup.model.lora)
     model.decoder = add_lora(model.decoder, setup.model.lora)
+    model.filler = setup.settings.filler
     if setup.source in PHASES:
         path = Path(setup.start) / ADAPTERS_FILE
         if not path.exists():
@@ -275,7 +211,15 @@ def _stage1_model(setup: Setup, *, encoder: bool, decoder: bool) -> nn.Module:
 
 def _stage1_batch(setup: Setup) -> Collate:
     # with stored latents of a frozen encoder, these take the place of the encoder's half
-    return partial(stage1_batch, spec=setup.spec, loss_reduction=setup.train.loss_reduction, label_of=setup.latents)
+    settings = setup.settings
+    return partial(
+        stage1_batch,
+        spec=setup.spec,
+        loss_reduction=setup.train.loss_reduction,
+        label_of=setup.latents,
+        span_rho=settings.span_rho if settings.span_weight else 0.0,
+        **settings.layout,
+    )
 
 
 def _save_stage1(model: Stage1Model, setup: Setup, folder: Path) -> None:
@@ -313,9 +257,25 @@ class LateNoise(Callback):
         self.model.noise_scale = self.scale if state.global_step >= self.start * state.max_steps else 0.0
 
 
+class FadingSpans(Callback):
+    """Lowers the share of the span term to 0 over a share of the phase."""
+
+    def __init__(self, model: Stage1Model, until: float) -> None:
+        self.model, self.until = model, until
+
+    def on_step(self, state: TrainState, optimizer: torch.optim.Optimizer) -> None:
+        """Set the share of the coming step; a resumed run finds it by its step."""
+        self.model.span_share = max(0.0, 1 - state.global_step / (self.until * state.max_steps))
+
+
 def _callbacks(model: Any, setup: Setup) -> list[Callback]:
-    noise = setup.settings.noise_scale
-    return [LateNoise(model, noise, setup.settings.noise_start)] if noise else []
+    settings = setup.settings
+    found: list[Callback] = []
+    if settings.noise_scale:
+        found.append(LateNoise(model, settings.noise_scale, settings.noise_start))
+    if settings.span_weight and settings.span_until < 1:
+        found.append(FadingSpans(model, settings.span_until))
+    return found
 
 
 # what decides the encoder's latents; noise and limits of decoding do not
@@ -332,14 +292,21 @@ _ENCODER_SETTINGS = (
 _LIMITS = ("min_latents", "max_latents", "max_answer_tokens")
 
 
-def encoder_settings(latent: LatentConfig) -> dict[str, Any]:
+def encoder_settings(settings: Stage1Config, latent: LatentConfig) -> dict[str, Any]:
     """Return what decides the latents of an encoder."""
-    return {key: getattr(latent, key) for key in _ENCODER_SETTINGS}
+    found = {key: getattr(latent, key) for key in _ENCODER_SETTINGS}
+    return {**found, "first_chunk": settings.first_chunk} if settings.filler else found
 
 
 def _phase_identity(settings: Stage1Config, latent: LatentConfig) -> dict[str, Any]:
-    shared = {"share_backbone": True} if settings.share_backbone else {}
-    return {"noise": [settings.noise_scale, settings.noise_start], "latent": encoder_settings(latent), **shared}
+    # what is off is not named, so that runs older than it stay what they were
+    more: dict[str, Any] = {"share_backbone": True} if settings.share_backbone else {}
+    if settings.reconstruct != "next":
+        more["reconstruct"] = settings.reconstruct
+    if settings.span_weight:
+        more["span"] = [settings.span_weight, settings.span_rho, settings.span_until]
+    noise = [settings.noise_scale, settings.noise_start]
+    return {"noise": noise, "latent": encoder_settings(settings, latent), **more}
 
 
 def _stage2_identity(settings: Stage1Config, latent: LatentConfig) -> dict[str, Any]:
@@ -388,7 +355,9 @@ def _oracle(model: Any) -> Thinker:
 def _load_oracle(
     folder: Path, model: ModelConfig, spec: LatentSpec, settings: Stage1Config, device: torch.device
 ) -> Thinker:
-    return _oracle(load_stage1(folder, model, model, spec, settings.attention).to(device))
+    loaded = load_stage1(folder, model, model, spec, settings.attention).to(device)
+    loaded.filler = settings.filler
+    return _oracle(loaded)
 
 
 FROZEN_ENCODER = Store(
@@ -424,7 +393,10 @@ def _phase(name: str, meaning: str, *, encoder: bool, decoder: bool, reads: Stor
         reads=reads,
         model=partial(_stage1_model, encoder=encoder, decoder=decoder),
         batch=_stage1_batch,
-        lengths=lambda data, setup: stage1_lengths(data, setup.spec),
+        lengths=lambda data, setup: stage1_lengths(data, setup.spec, **setup.settings.layout),
+        # the span term has nothing to train where the encoder is frozen
+        terms=lambda setup: cross_entropy_alone(setup) | ({"span": setup.settings.span_weight} if encoder else {}),
+        curriculum=lambda setup: Curriculum(number=drawn_anew) if setup.settings.reconstruct == "suffix" else None,
         save=_save_stage1,
         callbacks=_callbacks,
         parameters=partial(_phase_parameters, encoder=encoder, decoder=decoder),
@@ -473,7 +445,7 @@ METHOD = Method(
             reads=LABELS,
             model=_stage2_model,
             batch=_stage2_batch,
-            lengths=lambda data, setup: stage2_lengths(data, setup.spec),
+            lengths=lambda data, setup: stage2_lengths(data, setup.spec, setup.settings.filler),
             terms=lambda setup: {"ce": setup.train.ce_weight, "kl": setup.train.kl_weight},
             save=partial(save_plain, thinker="latent"),
         ),

@@ -23,15 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from latent_sft.config.schema import LatentConfig, ModelConfig
 from latent_sft.config.training import TrainConfig, need
-from latent_sft.data.collate import Batch, TokenRow
-from latent_sft.data.lengths import Lengths, Number, count_tokens, single
+from latent_sft.data.collate import Batch, TokenRow, stage2_batch
+from latent_sft.data.lengths import Lengths, count_tokens, single
 from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.method.layout import fixed_segments, split_cot
 from latent_sft.method.spans import LONGEST, SpanThinking, random_cuts, separation, span_labels
 from latent_sft.method.types import LatentSpec, SpanCode, Superposition
 from latent_sft.methods.base import Collate, Curriculum, Method, Model, Prepare, Setup, Stage, load_saved, save_plain
-from latent_sft.methods.common import step_lengths
-from latent_sft.methods.latent_sft import stage2_batch
+from latent_sft.methods.common import drawn_anew, step_lengths
 from latent_sft.models.load import load_lm, load_tokenizer, trainable
 from latent_sft.models.logits import head
 from latent_sft.models.stage2 import Stage2Model
@@ -155,7 +154,7 @@ def spans_batch(
     *,
     loss_reduction: str,
 ) -> Batch:
-    """Batch of stage 2 (see `latent_sft.stage2_batch`) whose labels are the code words of the rows' spans.
+    """Batch of stage 2 (see `data.collate.stage2_batch`) whose labels are the code words of the rows' spans.
 
     Args:
         rows: tokenised rows, with `phase`, the seed of their cuts, where these are drawn.
@@ -216,11 +215,6 @@ def spans_lengths(data: Any, spec: LatentSpec, config: SpansConfig, boundary: Bo
         columns = data.select_columns(["id", "cot", "step_lengths"])
         latents = torch.tensor([len(span_lengths(row, config, boundary, random.Random(0))) for row in columns])
     return single(count_tokens(data, "prompt") + latents + len(spec.end_think_ids) + count_tokens(data, "answer"))
-
-
-def drawn_anew(rows: int, total_steps: int, seed: int) -> Number:
-    """Return the function (optimizer step, row) -> number of the example, whose phase is the seed of its cuts."""
-    return lambda step, row: random.Random(f"{seed}/{step}/{row}").getrandbits(24) * rows + row
 
 
 def _model(setup: Setup) -> nn.Module:

@@ -6,13 +6,16 @@ decoder must recover chunks, `</think>` and answer from them under the supervisi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from latent_sft.data.collate import Batch
 from latent_sft.method.layout import Kind
-from latent_sft.method.losses import StepOutput
+from latent_sft.method.losses import LinearHead, StepOutput, linear_nll
 from latent_sft.method.projection import superpose_states
+from latent_sft.method.spans import merged_entropy
 from latent_sft.method.superposition import entropy, with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.attention import decoder_states, encoder_states, use_backend
@@ -45,9 +48,14 @@ class Stage1Model(nn.Module):
         self.encoder_attention = use_backend(encoder, attention)
         self.decoder_attention = use_backend(decoder, attention)
         self.noise_scale = 0.0  # raised while training, by a callback
+        self.span_share = 1.0  # of the weight of the span term, lowered by another
+        self.filler = False  # whether a latent of the prompt alone stands in front
 
     def encode(self, batch: Batch) -> Superposition:
         """Return the latents `[B, N, K]` of a batch made by `encoder_batch` (padded slots hold arbitrary values)."""
+        return self._superpose(self._marker_states(batch))
+
+    def _marker_states(self, batch: Batch) -> Tensor:
         part = {k.removeprefix("encoder_"): v for k, v in batch.items() if k.startswith("encoder_")}
         anchor = part["anchor"]
         num_text = part["ids"].shape[1] - anchor.shape[1]
@@ -58,15 +66,18 @@ class Stage1Model(nn.Module):
         span = num_text if self.spec.marker_positions == "transparent" else part["ids"].shape[1]
         embeds = torch.cat([text, markers], dim=1)
         hidden = encoder_states(self.encoder, self.encoder_attention, embeds, part, span)
-        return self._superpose(hidden[:, num_text:])
+        # a half that is trained as a whole is float32 beside a frozen one
+        return hidden[:, num_text:].to(self._projection.weight.dtype)
+
+    @property
+    def _projection(self) -> Any:
+        decoder = unwrap_peft(self.decoder)
+        by_input = self.spec.projection == "input"
+        return decoder.get_input_embeddings() if by_input else decoder.get_output_embeddings()
 
     def _superpose(self, hidden: Tensor) -> Superposition:
         exclude = self.spec.end_think_ids[0] if self.spec.exclude_end else None
-        decoder = unwrap_peft(self.decoder)
-        by_input = self.spec.projection == "input"
-        module = decoder.get_input_embeddings() if by_input else decoder.get_output_embeddings()
-        hidden = hidden.to(module.weight.dtype)  # a half that is trained as a whole is float32 beside a frozen one
-
+        module = self._projection
         if not is_partitioned(module.parameters()):
             return superpose_states(hidden, module.weight, self.spec.top_k, self.spec.temperature, exclude)
         ids: Tensor | None = None
@@ -81,12 +92,34 @@ class Stage1Model(nn.Module):
         assert ids is not None
         return Superposition(ids, weights)
 
+    def _span_total(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the weighted sum of KL(code word || softmax over the vocabulary) at the markers `[B, N, D]`."""
+        words, weights = Superposition(batch["span_ids"], batch["span_masses"]), batch["span_weights"]
+        module = self._projection
+
+        def nll(hidden: Tensor) -> Tensor:  # the table is not trained through latents
+            table = LinearHead(module.weight.detach(), scale=1 / self.spec.temperature)
+            return linear_nll(hidden, table, words.ids, words.weights, weights)
+
+        hidden = hidden.flatten(0, 1)[batch["span_index"]]
+        total = call_with(module, nll, hidden) if is_partitioned(module.parameters()) else nll(hidden)
+        return total - (merged_entropy(words) * weights).sum()
+
     def forward(self, **batch: Tensor) -> StepOutput:
-        """Return `ce`, the weighted sum; observed are the latents: entropy, and share with `</think>` as top-1."""
+        """Return `ce`, the weighted sum, and where the batch has code words `span`, times the share that is left of it.
+
+        Observed are the latents: entropy, share with `</think>` as top-1, and KL from their code words.
+        """
+        losses, seen = {}, {}
         if "latent_ids" in batch:  # those of a frozen encoder, computed once
             latent = Superposition(batch["latent_ids"], batch["latent_weights"])
         else:
-            latent = self.encode(batch)
+            markers = self._marker_states(batch)
+            latent = self._superpose(markers)
+            if "span_ids" in batch:
+                span = self._span_total(markers, batch)
+                losses["span"] = self.span_share * span
+                seen["span_kl"] = (span.detach(), batch["span_weights"].sum())
         latent = with_noise(latent, self.spec, self.noise_scale if self.training else 0.0)
         embeds = embed(self.decoder, batch["ids"])
         # every latent position looks up its own latent by branch number: no loop, no device sync
@@ -101,4 +134,5 @@ class Stage1Model(nn.Module):
             "latent_entropy": entropy(Superposition(latent.ids, latent.weights.detach())),
             "end_token_rate": latent.ids[..., 0] == self.spec.end_think_ids[0],
         }
-        return StepOutput({"ce": ce}, {name: ((value * real).sum(), real.sum()) for name, value in told.items()})
+        seen |= {name: ((value * real).sum(), real.sum()) for name, value in told.items()}
+        return StepOutput({"ce": ce, **losses}, seen)

@@ -26,7 +26,7 @@ class Stage2Model(nn.Module):
         self.code: SpanCode | None = None  # where labels are code words of spans: how such latents are read
 
     def forward(self, **batch: Tensor) -> StepOutput:
-        """Return `ce` and `kl`, weighted sums; see `latent_sft.methods.latent_sft.stage2_batch`."""
+        """Return `ce` and `kl`, weighted sums; see `latent_sft.data.collate.stage2_batch`."""
         latent = Superposition(batch["latent_ids"], batch["latent_weights"])
         latent = with_noise(latent, self.spec, self.spec.noise_scale if self.training else 0.0)
         fed = Superposition(batch["fed_ids"], batch["fed_weights"]) if "fed_ids" in batch else latent

@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
+from latent_sft.data.collate import encoder_batch, stage1_batch, stage2_batch
 from latent_sft.method.layout import IGNORE, decoder_row, split_cot, two_track
 from latent_sft.method.masks import supervision_mask
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.methods.cot import explicit_batch
-from latent_sft.methods.latent_sft import encoder_batch, stage1_batch, stage2_batch
 
 SPEC = LatentSpec(think_ids=(5,), end_think_ids=(21, 22, 23), eos_id=1, pad_id=0, vocab_size=40, rate=2, top_k=2)
 # r = 2: prompt of 5, CoT a b c d e, answer A EOS; and a short row whose CoT is one segment

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from latent_sft.data.collate import stage1_batch
 from latent_sft.method import attention
 from latent_sft.method.attention import induction_tracks, softcapped, supervision_tracks, tracked_attention
 from latent_sft.method.masks import induction_mask, supervision_mask
 from latent_sft.method.types import LatentSpec
-from latent_sft.methods.latent_sft import stage1_batch
 
 SPEC = LatentSpec(think_ids=(2,), end_think_ids=(3, 4), eos_id=1, pad_id=0, vocab_size=40, top_k=4)
 

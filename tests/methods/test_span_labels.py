@@ -30,11 +30,11 @@ from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.method.spans import SpanThinking
 from latent_sft.method.types import LatentSpec, SpanCode
 from latent_sft.methods import STAGES
+from latent_sft.methods.common import drawn_anew
 from latent_sft.methods.cot import ExplicitModel, explicit_batch
 from latent_sft.methods.span_labels import (
     SpansConfig,
     boundary_of,
-    drawn_anew,
     span_lengths,
     spans_batch,
     spans_lengths,

@@ -9,8 +9,8 @@ from models.test_families import SPEC, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_sft.config.schema import LoraConfig
+from latent_sft.data.collate import encoder_batch, stage1_batch
 from latent_sft.errors import ConfigError
-from latent_sft.methods.latent_sft import encoder_batch, stage1_batch
 from latent_sft.models.attention import use_backend
 from latent_sft.models.load import add_lora, initial_marker
 from latent_sft.models.stage1 import Stage1Model

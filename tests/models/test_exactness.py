@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from latent_sft.config.schema import LatentConfig
 from latent_sft.config.training import TrainConfig
+from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.inference.generate import generate
 from latent_sft.method.superposition import NOISE_DRAWS, gumbel
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.methods.latent_sft import stage1_batch, stage2_batch
 from latent_sft.models.backbone import mix_latents
 from latent_sft.models.stage1 import Stage1Model
 from latent_sft.models.stage2 import Stage2Model

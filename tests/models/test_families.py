@@ -6,9 +6,9 @@ import pytest
 import torch
 from models.families import FAMILIES, build
 
+from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.errors import ConfigError
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.methods.latent_sft import stage1_batch, stage2_batch
 from latent_sft.models.backbone import check_window, input_table
 from latent_sft.models.head import check_head
 from latent_sft.models.load import add_lora, initial_marker, merged

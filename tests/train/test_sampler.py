@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from latent_sft.data.collate import stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
 from latent_sft.data.lengths import Lengths
 from latent_sft.errors import ConfigError
 from latent_sft.experiment.workspace import Workspace
 from latent_sft.method.types import Superposition
 from latent_sft.methods.cot import explicit_batch, explicit_lengths
-from latent_sft.methods.latent_sft import stage1_batch, stage1_lengths, stage2_batch, stage2_lengths
 from latent_sft.train.sampler import LengthBucketSampler, TokenBatchSampler, shared_out
 
 

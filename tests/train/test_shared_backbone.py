@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latent_sft.data.collate import stage1_batch
 from latent_sft.errors import ArtefactError
 from latent_sft.experiment.workspace import Workspace
-from latent_sft.methods.latent_sft import load_stage1, phase_start, shared_start, stage1_batch
+from latent_sft.methods.latent_sft import load_stage1, phase_start, shared_start
 from latent_sft.models.load import add_lora
 from latent_sft.train.run import _checkpoint_activations, train_stage
 

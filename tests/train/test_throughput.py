@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 import latent_sft.train.loop as loop
 import latent_sft.train.metrics as metrics
+from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, ConfigError
 from latent_sft.experiment.stores import make_labels, store_latents
 from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import STAGES
 from latent_sft.methods.cot import ExplicitModel, explicit_batch, explicit_lengths
-from latent_sft.methods.latent_sft import FROZEN_ENCODER, oracle_latents, phase_start, stage1_batch, stage2_batch
+from latent_sft.methods.latent_sft import FROZEN_ENCODER, oracle_latents, phase_start
 from latent_sft.models.load import load_lm
 from latent_sft.train.flops import peak_of, step_flops
 from latent_sft.train.run import last_checkpoint, train_stage

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latent_sft.data.collate import stage1_batch
 from latent_sft.data.labels import LabelStore
 from latent_sft.errors import ArtefactError, TrainingError
 from latent_sft.experiment.stores import make_labels
 from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods import SECTIONS
-from latent_sft.methods.latent_sft import LABELS, load_stage1, stage1_batch
+from latent_sft.methods.latent_sft import LABELS, load_stage1
 from latent_sft.train.guards import check_rows, said_if_alone, stop_unless_finite
 from latent_sft.train.run import last_checkpoint, train_stage
 from latent_sft.train.sampler import LengthBucketSampler
