@@ -13,6 +13,7 @@ stage, which depends on the optimizer step alone, is the number of its blocks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,8 @@ from latent_sft.models.thought_passes import (
     use_thoughts,
 )
 from latent_sft.models.thoughts import Thoughts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +244,9 @@ def stage_at(step: int, total_steps: int, config: LotusConfig) -> int:
 
 def numbered(rows: int, total_steps: int, seed: int, config: LotusConfig) -> Number:
     """Return the function (optimizer step, row) -> number of the example, for the sampler; nothing is drawn."""
+    reached = stage_at(total_steps - 1, total_steps, config)
+    if reached < config.num_blocks:
+        log.warning("lotus: %d steps end in stage %d of %d; train longer", total_steps, reached, config.num_blocks)
     return lambda step, row: stage_at(step, total_steps, config) * rows + row
 
 

@@ -248,13 +248,8 @@ def read(
     count = (spec or thoughts.spec).num_latents
     behind = length[:, None] + torch.arange(count, device=ids.device)
     embeds = torch.cat([embeds, placeholders(thoughts, batch, count).to(embeds.dtype)], dim=1)
-    result = run(
-        lm,
-        embeds,
-        torch.cat([at, behind], dim=1),
-        torch.cat([real, torch.ones_like(behind, dtype=torch.bool)], dim=1),
-        gaps=True,
-    )
+    at, real = torch.cat([at, behind], dim=1), torch.cat([real, torch.ones_like(behind, dtype=torch.bool)], dim=1)
+    result = run(lm, embeds, at, real, gaps=True)
     waiting = result.hidden[:, columns:], result.piece.part(columns, columns + count)
     return Prompt(result.piece.part(0, columns), _at(result.hidden, length - 1), length, waiting)
 
