@@ -41,6 +41,11 @@ TINY = [
     "coconut.init=base",
     "coconut.max_stage=2",
     "coconut.stage_share=0.25",
+    "lotus.init=base",
+    "lotus.num_blocks=2",
+    "lotus.latents_per_block=3",
+    "lotus.iterations=2",
+    "lotus.stage_share=0.25",
     *(f"{method}.{setting}" for method in ("pccot", "kava") for setting in ("num_latents=6", "iterations=2")),
     *("codi.num_latents=3", "codi.iterations=3"),
     # the others train where a test asks for them

@@ -26,6 +26,7 @@ BASES = {
     "codi_llama1b": "llama",
     "simcot_llama1b": "llama",
     "spans_llama1b": "llama",
+    "lotus_llama1b": "llama",
     "pccot_gpt2": "gpt2",
     "coconut_gpt2": "gpt2",
 }
@@ -84,7 +85,7 @@ def published_rows(recipe: str, split: str, count: int) -> list[dict[str, Any]]:
     for eggs in range(first, first + count):
         question, left = QUESTION.format(eggs), eggs - 3
         steps, answer = [f"<<{eggs}-3={left}>>", f"<<{left}*2={2 * left}>>"], str(2 * left)
-        if recipe in ("kava_llama1b", "pccot_gpt2", "coconut_gpt2"):  # whynlp/gsm8k-aug
+        if recipe in ("kava_llama1b", "lotus_llama1b", "pccot_gpt2", "coconut_gpt2"):  # whynlp/gsm8k-aug
             row: dict[str, Any] = {"question": question, "steps": steps, "answer": answer}
         elif split == "validation":
             return []

@@ -1,7 +1,7 @@
-"""All latents at once, a few times over (arXiv 2506.18582): what happens between a prompt and its answer where T < M.
+"""All latents at once, a few times over: what happens between a prompt and its answer where T < M, or inputs are added.
 
     pass 1      prompt, M placeholders                  -> first inputs of the latents
-    pass 2..T   the latents, each fed the state before it in the last pass
+    pass 2..T   the latents, each fed the state before it in the last pass, or its own plus the placeholder
     pass T+1    the latents once more, and `</think>`   -> first token of the answer
 
 Each pass writes the keys and values of the latents over those of the one before. T = 0 is one pass over all of it: the
@@ -30,7 +30,7 @@ class Thought(NamedTuple):
     Attributes:
         hidden: `[n, D]` state of the last token of `</think>`, from which the answer goes on.
         inputs: `[n, M, D]` what the latents were fed in the last pass.
-        states: `[n, M, D]` the states that these were made of (for T = 0: the states before the placeholders).
+        states: `[n, M, D]` the states that say what they are, see `iterate`.
     """
 
     hidden: Tensor

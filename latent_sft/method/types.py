@@ -161,17 +161,19 @@ class ThoughtSpec:
         iterations: T Jacobi iterations over all latents at once; M (or more) is one latent after another, 0 pause
             tokens.
         projection: hidden states pass a small network before they are fed back.
+        added: an iteration feeds every latent its own state, added to the placeholder; else the state before it, alone.
     """
 
     key: ClassVar[str] = "thoughts"
     num_latents: int
     iterations: int
     projection: bool = False
+    added: bool = False
 
     @property
     def sequential(self) -> bool:
-        """Whether every latent sees the final ones before it, which T >= M comes to."""
-        return self.iterations >= self.num_latents
+        """Whether every latent sees the final ones before it, which T >= M comes to where states move on by one."""
+        return not self.added and self.iterations >= self.num_latents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

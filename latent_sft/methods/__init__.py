@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latent_sft.methods import coconut, cot, icot, latent_sft, self_distill, sim_cot, soft_thinking, span_labels
+from latent_sft.methods import coconut, cot, icot, latent_sft, lotus, self_distill, sim_cot, soft_thinking, span_labels
 from latent_sft.methods.base import Method, Model, Stage
 
 METHODS: tuple[Method, ...] = (
@@ -11,6 +11,7 @@ METHODS: tuple[Method, ...] = (
     span_labels.METHOD,
     soft_thinking.METHOD,
     icot.METHOD,
+    lotus.METHOD,
     coconut.METHOD,
     self_distill.CODI,
     self_distill.PCCOT,

@@ -3,7 +3,8 @@
     z_1 = f(h of the last prompt token)                                                          f: models.thoughts
     sequential  z_{i+1} = f(h of z_i), one latent a pass
     parallel    T passes over all M latents, causal: inputs of the next are z_1, f(h of latents 1..M-1)
-                the first pass is that over the prompt, with M placeholders behind it; z_1 never changes
+                the first pass is that over the prompt, with M placeholders E behind it; z_1 never changes
+    looped      the same with the inputs E + f(h of latents 1..M)                                  (`added`)
 
 What comes after the latents reads the keys and values of the last pass over them. T = 0 leaves those of the
 placeholders (pause tokens). T >= M is the sequential way, since latent i is final after i passes.
@@ -30,6 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from latent_sft.errors import ConfigError, TrainingError
 from latent_sft.method.attention import softcapped
 from latent_sft.method.kv_distill import attention_logits
+from latent_sft.method.types import ThoughtSpec
 from latent_sft.models.attention import planned, use_plans
 from latent_sft.models.backbone import check_window, embed, unwrap_peft
 from latent_sft.models.thoughts import Thoughts, iterate, placeholders
@@ -214,15 +216,20 @@ class Thought(NamedTuple):
         inputs: `[B, N, D]` what the last pass over each latent read; N = 0 where there was none.
         last: `[B, D]` hidden state of the last latent (of the prompt, where a row has none).
         position: `[B]` position id of what comes next.
+        passes: `[B, N, D]` hidden states of every pass over all of them, that over placeholders first; empty where they
+            were thought one after another.
     """
 
     pieces: tuple[Piece, ...]
     inputs: Tensor
     last: Tensor
     position: Tensor
+    passes: tuple[Tensor, ...] = ()
 
 
-def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None = None) -> Prompt:
+def read(
+    lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None = None, spec: ThoughtSpec | None = None
+) -> Prompt:
     """Read right-padded prompts, with `thoughts` with its M placeholders behind them in the same pass.
 
     Args:
@@ -230,6 +237,7 @@ def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None =
         ids: `[B, P]`.
         length: `[B]` tokens of each prompt, at least 1.
         thoughts: whose placeholders; None reads the prompt alone.
+        spec: M, where it is not that of `thoughts`.
     """
     batch, columns = ids.shape
     at = torch.arange(columns, device=ids.device).expand(batch, -1)
@@ -237,16 +245,11 @@ def read(lm: nn.Module, ids: Tensor, length: Tensor, thoughts: Thoughts | None =
     if thoughts is None:
         result = run(lm, embeds, at, real)
         return Prompt(result.piece, _at(result.hidden, length - 1), length, None)
-    count = thoughts.spec.num_latents
+    count = (spec or thoughts.spec).num_latents
     behind = length[:, None] + torch.arange(count, device=ids.device)
-    embeds = torch.cat([embeds, placeholders(thoughts, batch).to(embeds.dtype)], dim=1)
-    result = run(
-        lm,
-        embeds,
-        torch.cat([at, behind], dim=1),
-        torch.cat([real, torch.ones_like(behind, dtype=torch.bool)], dim=1),
-        gaps=True,
-    )
+    embeds = torch.cat([embeds, placeholders(thoughts, batch, count).to(embeds.dtype)], dim=1)
+    at, real = torch.cat([at, behind], dim=1), torch.cat([real, torch.ones_like(behind, dtype=torch.bool)], dim=1)
+    result = run(lm, embeds, at, real, gaps=True)
     waiting = result.hidden[:, columns:], result.piece.part(columns, columns + count)
     return Prompt(result.piece.part(0, columns), _at(result.hidden, length - 1), length, waiting)
 
@@ -272,20 +275,24 @@ def think_in_turn(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, real: Tenso
     return Thought(tuple(pieces), torch.cat(fed, dim=1), last, prompt.length + real.sum(1))
 
 
-def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt) -> Thought:
-    """Think M latents in T Jacobi iterations; `prompt` was read with the placeholders."""
+def think_at_once(lm: nn.Module, thoughts: Thoughts, prompt: Prompt, spec: ThoughtSpec | None = None) -> Thought:
+    """Think M latents in T iterations; `prompt` was read with the placeholders, and with `spec` if it is given here."""
     assert prompt.waiting is not None
+    spec = spec or thoughts.spec
     hidden, piece = prompt.waiting
-    position = prompt.length[:, None] + torch.arange(thoughts.spec.num_latents, device=hidden.device)
+    passes = [hidden]
+    position = prompt.length[:, None] + torch.arange(spec.num_latents, device=hidden.device)
 
     def again(inputs: Tensor, final: bool) -> Tensor:
         nonlocal piece
         hidden, _, piece, _ = run(lm, inputs, position, piece.real, [prompt.piece])
+        passes.append(hidden)
         return hidden
 
-    inputs, _, hidden = iterate(thoughts, prompt.last, hidden, again)
+    inputs, _, hidden = iterate(thoughts, prompt.last, hidden, again, spec)
     inputs = hidden[:, :0] if inputs is None else inputs
-    return Thought((piece,), inputs, hidden[:, -1], prompt.length + thoughts.spec.num_latents)
+    last = hidden[:, -1] if spec.num_latents else prompt.last
+    return Thought((piece,), inputs, last, prompt.length + spec.num_latents, tuple(passes))
 
 
 def read_on(

@@ -58,36 +58,52 @@ class Thoughts(nn.Module):
         return self.projection(hidden.to(self.placeholder.dtype)).to(hidden.dtype)
 
 
-def placeholders(thoughts: Thoughts, batch: int) -> Tensor:
+def placeholders(thoughts: Thoughts, batch: int, count: int | None = None) -> Tensor:
     """Return the inputs `[B, M, D]` before the first iteration, also where ZeRO-3 shares the parameter out."""
-    shape = (batch, thoughts.spec.num_latents, -1)
+    shape = (batch, thoughts.spec.num_latents if count is None else count, -1)
     return call_with(thoughts, lambda: thoughts.placeholder.expand(shape).clone())
 
 
 def iterate(
-    thoughts: Thoughts, last: Tensor, hidden: Tensor, read: Callable[[Tensor, bool], Tensor]
+    thoughts: Thoughts,
+    last: Tensor,
+    hidden: Tensor,
+    read: Callable[[Tensor, bool], Tensor],
+    spec: ThoughtSpec | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Run T Jacobi iterations over all M latents at once (arXiv 2506.18582), for training and decoding alike.
+    """Run T iterations over all M latents at once, for training and decoding alike.
 
-    The state of the last prompt token makes the first latent, which therefore never changes.
+    Jacobi iterations (arXiv 2506.18582) feed a latent f of the state before it; the state of the last prompt token
+    makes the first latent, which therefore never changes. With `added`, a latent is fed the placeholder plus f of its
+    own state, as in a looped model.
 
     Args:
-        thoughts: f, M, T.
+        thoughts: f and the placeholder.
         last: `[B, D]` hidden state of the last prompt token.
         hidden: `[B, >= M, D]` those of the M placeholders, and what follows.
         read: inputs `[B, M, D]`, whether it is the last pass -> last hidden states `[B, >= M, D]`.
+        spec: M and T, where they are not those of `thoughts`.
 
     Returns:
-        The inputs of the last pass (None for T = 0: the placeholders were pause tokens), the states `[B, M, D]` that
-        they were made of, and what the last pass returned.
+        The inputs of the last pass (None for T = 0: the placeholders were pause tokens); the states `[B, M, D]` that
+        say what the latents are: those that the inputs were made of or, with `added`, the last ones before each latent;
+        and what the last pass returned.
     """
-    inputs, before, others = None, hidden, thoughts.spec.num_latents - 1
-    start = thoughts(last)[:, None] if thoughts.spec.iterations else None
-    for iteration in range(thoughts.spec.iterations):
+    spec = spec or thoughts.spec
+    inputs, before, others = None, hidden, spec.num_latents - 1
+    start: Tensor | None = None
+    if spec.iterations:
+        start = placeholders(thoughts, len(last), spec.num_latents) if spec.added else thoughts(last)[:, None]
+        start = start.to(last.dtype)
+    for iteration in range(spec.iterations):
         assert start is not None
         before = hidden
-        inputs = torch.cat([start, thoughts(hidden[:, :others])], dim=1)
-        hidden = read(inputs, iteration == thoughts.spec.iterations - 1)
+        if spec.added:
+            inputs = start + thoughts(hidden[:, : spec.num_latents])
+        else:
+            inputs = torch.cat([start, thoughts(hidden[:, :others])], dim=1)
+        hidden = read(inputs, iteration == spec.iterations - 1)
+    before = hidden if spec.added else before
     return inputs, torch.cat([last[:, None], before[:, :others]], dim=1), hidden
 
 

@@ -103,6 +103,7 @@ PUBLISHED = {
         "14<|eot_id|>",
     ),
     "pccot_gpt2": (f"{Q}«<think>»", "<<10-3=7>>«\n»<<7*2=14>>", "«</think>»The answer is:", "14<|endoftext|>"),
+    "lotus_llama1b": (f"<|begin_of_text|>{Q}\n«<think>»", "<<10-3=7>>\n<<7*2=14>>", "«</think>»", "14<|eot_id|>"),
     "coconut_gpt2": (f"{Q}\n«<think>»", "<<10-3=7>>\n<<7*2=14>>", "«</think>»", "14<|endoftext|>"),
 }
 
