@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from latent_sft.config.load import load_config, to_yaml
-from latent_sft.errors import ArtefactError
+from latent_sft.errors import ArtefactError, ConfigError
+from latent_sft.evaluation import plots
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.evaluation.report import write_comparison
 from latent_sft.evaluation.results import Evaluation, Method, collect, label_methods, mean_of, rows_of, table_of
