@@ -30,6 +30,9 @@ class FieldsConfig:
     """Reference answer for grading; where a row lacks it, the answer in `cot_answer` (its last \\boxed{}, else all)."""
     steps: str = "steps"
     """Optional list of CoT steps; the CoT is split at line breaks where a row lacks it."""
+    mixtures: str = "mixtures"
+    """Optional, of training rows: for each latent step an object {token: mass}, masses that sum to 1 over texts of one
+    token each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,17 @@ class SyntheticConfig:
     are dropped. 28 resembles the public problems (23 remain); fewer make shorter prompts and less to choose from."""
     num_digits: int = 4
     """multiplication: digits of both numbers."""
+    path_budget: int = 0
+    """mnns: choices of signs whose running sums are in the `mixtures` of a row, the best ones; 0 all of them."""
+    path_order: Literal["beam", "beam_minabs"] = "beam_minabs"
+    """mnns: which are best. beam: those with the smallest final sum that is not negative; beam_minabs: with the final
+    sum nearest to 0."""
 
     def __post_init__(self) -> None:
         for key in ("num_train", "num_validation", "num_test"):
             need(getattr(self, key) >= 1, f"data.synthetic.{key}", getattr(self, key), "an integer >= 1")
         need(self.num_digits >= 1, "data.synthetic.num_digits", self.num_digits, "an integer >= 1")
+        need(self.path_budget >= 0, "data.synthetic.path_budget", self.path_budget, "0 (all) or a number of choices")
         need(5 <= self.max_nodes <= 28, "data.synthetic.max_nodes", self.max_nodes, "5 to 28")
         smallest = f"5 to max_nodes={self.max_nodes}"
         need(5 <= self.min_nodes <= self.max_nodes, "data.synthetic.min_nodes", self.min_nodes, smallest)
@@ -337,12 +346,17 @@ class CompareConfig:
     """Runs at once."""
     bootstrap: int = 10_000
     """Resamples of the problems, for the intervals of differences."""
+    lines: dict[str, float] = field(default_factory=dict)
+    """Name -> accuracy from 0 to 1 that tables and plots show for reference, as `majority: 0.373`: what guessing gives,
+    or a published number."""
 
     def __post_init__(self) -> None:
         need(len(self.seeds) >= 1, "compare.seeds", self.seeds, "at least one seed")
         need(len(set(self.seeds)) == len(self.seeds), "compare.seeds", self.seeds, "different seeds")
         need(self.jobs >= 1, "compare.jobs", self.jobs, "an integer >= 1")
         need(self.bootstrap >= 100, "compare.bootstrap", self.bootstrap, "an integer >= 100")
+        wrong = {name: value for name, value in self.lines.items() if not 0 <= value <= 1}
+        need(not wrong, "compare.lines", wrong, "accuracies from 0 to 1")
         bad = [name for name in self.variants if not name or "/" in name or name.startswith(".")]
         need(not bad, "compare.variants", bad, "names without '/'")
 

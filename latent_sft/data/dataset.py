@@ -24,7 +24,7 @@ from latent_sft.errors import ArtefactError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.runs import file_sha256, fingerprint, read_json, write_atomically, write_json
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 META, SKIPPED = "meta.json", "skipped.jsonl"
 ROWS_PER_BATCH = 1000
 
@@ -41,6 +41,10 @@ SCHEMA = pa.schema(
         "problem": pa.string(),
         "reference": pa.string(),
         "steps": pa.list_(pa.string()),
+        "mixture_ids": pa.list_(
+            pa.list_(pa.int32())
+        ),  # of each latent step the tokens that are mixed; empty: none given
+        "mixture_weights": pa.list_(pa.list_(pa.float32())),  # their masses, which sum to 1
     }
 )
 

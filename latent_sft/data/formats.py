@@ -28,6 +28,7 @@ class Record:
         cot_answer: text the model writes after `</think>`.
         answer: reference answer for grading.
         steps: steps of the chain of thought, in the order they stand in `cot`.
+        mixtures: of each latent step the masses of its tokens, by their texts; empty where the row has none.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Record:
     cot_answer: str
     answer: str
     steps: tuple[str, ...]
+    mixtures: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,7 @@ def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:
         cot_answer=answer if written is None else written,
         answer=answer,
         steps=steps,
+        mixtures=_mixtures(row, names.mixtures) if row_format.need_cot and row.get(names.mixtures) is not None else (),
     )
 
 
@@ -219,6 +222,21 @@ def _steps(row: dict[str, Any], field: str) -> tuple[str, ...]:
     if not value or not all(step.strip() for step in value):
         raise DataError(f"field {field!r}: empty list or empty step; expected a list of non-empty texts.")
     return tuple(step.strip() for step in value)
+
+
+def _mixtures(row: dict[str, Any], field: str) -> tuple[dict[str, float], ...]:
+    value = row[field]
+    if not isinstance(value, list) or not value or not all(isinstance(step, dict) and step for step in value):
+        expected = "a list with an object {token: mass} for each step"
+        raise DataError(f"field {field!r}: got {type(value).__name__} {reprlib.repr(value)}; expected {expected}.")
+    for number, step in enumerate(value, 1):
+        for text, mass in step.items():
+            if isinstance(mass, bool) or not isinstance(mass, int | float) or not mass > 0:
+                raise DataError(f"field {field!r}: step {number}: {text!r} has {mass!r}; expected a mass > 0.")
+        if not abs(sum(step.values()) - 1) < 1e-4:
+            total = sum(step.values())
+            raise DataError(f"field {field!r}: step {number}: its masses sum to {total:.6g}; expected 1.")
+    return tuple({text: float(mass) for text, mass in step.items()} for step in value)
 
 
 def _number(text: str) -> str:

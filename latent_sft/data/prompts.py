@@ -198,7 +198,17 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
         "problem": record.problem,
         "reference": record.answer,
         "steps": list(record.steps),
+        "mixture_ids": [[_single_token(tokenizer, spec, record, t) for t in step] for step in record.mixtures],
+        "mixture_weights": [list(step.values()) for step in record.mixtures],
     }
+
+
+def _single_token(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record: Record, text: str) -> int:
+    ids = encode_text(tokenizer, text, spec)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        found = f"{len(ids)} tokens" if len(ids) != 1 else "unknown to this tokenizer"
+        raise DataError(f"row {record.id!r}: field 'mixtures': {text!r} is {found}; expected a single token.")
+    return ids[0]
 
 
 def _step_lengths(record: Record, cot: str, ends: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ The same seed gives the same problems on every machine; test and validation do n
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterable
 
@@ -88,7 +89,7 @@ def generate(config: SyntheticConfig, without: Iterable[str] = ()) -> dict[str, 
             f"data.synthetic.min_steps: got {config.min_steps}, expected at most {prosqa.LONGEST_PATH} for task prosqa."
         )
     if config.task == "mnns":
-        return {split: _all_mnns(split, found) for split, found in mnns.split_problems(config.seed).items()}
+        return {split: _all_mnns(split, found, config) for split, found in mnns.split_problems(config.seed).items()}
     tasks = {"modular": _modular, "arithmetic": _arithmetic, "prosqa": _prosqa, "multiplication": _multiplication}
     sizes = {"test": config.num_test, "validation": config.num_validation, "train": config.num_train}
     seen = {_same(config.task, problem) for problem in without}
@@ -192,12 +193,15 @@ def _multiplication(rng: random.Random, config: SyntheticConfig, row_id: str) ->
     )
 
 
-def _all_mnns(split: str, problems: list[tuple[int, ...]]) -> list[Record]:
+def _all_mnns(split: str, problems: list[tuple[int, ...]], config: SyntheticConfig) -> list[Record]:
     records = []
     for number, digits in enumerate(problems):
         *steps, answer = (f"S{total}" for total in mnns.best_trace(digits))
         problem = " ".join(f"D{digit}" for digit in digits)
-        records.append(_record(f"mnns-{split}-{number}", problem, " ".join(steps), answer, steps))
+        labels = mnns.path_labels(digits, config.path_budget, config.path_order)
+        mixtures = tuple({f"S{total}": share for total, share in label.items()} for label in labels)
+        record = _record(f"mnns-{split}-{number}", problem, " ".join(steps), answer, steps)
+        records.append(dataclasses.replace(record, mixtures=mixtures))
     return records
 
 

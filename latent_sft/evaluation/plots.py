@@ -54,7 +54,7 @@ def colours_of(rows: Sequence[Row]) -> dict[str, str]:
 
 
 @matplotlib.rc_context(fname=_STYLE)
-def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
+def accuracy_against(rows: Sequence[Row], key: str = STEPS, lines: Mapping[str, float] = {}) -> Figure | None:
     """Plot accuracy against a cost, one panel per split, one labelled point with error bar per model.
 
     A grey line is what the models without latents reach at most for a cost: a method wins above it.
@@ -62,6 +62,7 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
     Args:
         rows: with `model, kind, split, accuracy, accuracy_se` and the key; error bars are one standard error.
         key: of AGAINST.
+        lines: accuracies for reference, by name, drawn across the panels.
     """
     colours = colours_of(rows)
     rows = [r for r in rows if r.get(key) is not None]
@@ -84,7 +85,11 @@ def accuracy_against(rows: Sequence[Row], key: str = STEPS) -> Figure | None:
             axes.step([cost for cost, _ in written], best, where="post", color="#9aa3ad", lw=1.2, ls="--", zorder=1)
         axes.set_title(split)
         axes.set_xlabel(label)
-        _percent_axis(axes, [r["accuracy"] for r in rows])
+        _percent_axis(axes, [*(r["accuracy"] for r in rows), *lines.values()])
+        for name, value in lines.items():
+            axes.axhline(value, color=_INK, linewidth=0.8, linestyle=":")
+            place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-3, 2), "ha": "right"}
+            axes.annotate(f"{name}  {100 * value:.1f} %", textcoords="offset points", fontsize=7.5, **place)
     # room for the label of the rightmost point
     first, low, high = panels[splits[0]], min(costs), max(costs) or 1.0
     first.set_ylabel("accuracy")

@@ -4,7 +4,7 @@ Writes
     <run>/report/report.html, <run>/comparison.html   one file, opens from disk, nothing loaded from elsewhere
     <run>/report/report.md, <run>/comparison.md       the tables, and beside them the pictures that they show
     <run>/report/report.json                          {"title", "run", "results": rows, "stages": manifests by name}
-    <run>/comparison.json                             {"title", "split", "rows": of `results.rows_of`, "missing"}
+    <run>/comparison.json                             {"title", "split", "rows" (`results.rows_of`), "lines", "missing"}
 """
 
 from __future__ import annotations
@@ -91,12 +91,20 @@ def write_comparison(config: Config, jobs: Sequence[Job]) -> Path:
     rows = rows_of(collect(done), resamples=config.compare.bootstrap)
     missing = [{"run": job.name, "console": str(job.console)} for job in jobs if job not in done]
     stem = Path(config.directory) / "comparison"
-    found = {"title": config.name, "split": rows[0]["split"], "rows": rows, "missing": missing}
+    lines = config.compare.lines
+    found = {"title": config.name, "split": rows[0]["split"], "rows": rows, "lines": lines, "missing": missing}
     write_json(stem.with_suffix(".json"), found)
-    return _write(stem, config.name, rows, sections_of("comparison", rows, COMPARISON_COSTS), missing=missing)
+    sections = sections_of("comparison", rows, COMPARISON_COSTS, lines=lines)
+    return _write(stem, config.name, rows, sections, missing=missing)
 
 
-def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: Run | None = None) -> list[Section]:
+def sections_of(
+    name: str,
+    rows: Sequence[Row],
+    costs: Mapping[str, str],
+    run: Run | None = None,
+    lines: Mapping[str, float] = {},
+) -> list[Section]:
     """Return the sections that have something to show.
 
     Args:
@@ -104,10 +112,11 @@ def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: R
         rows: of a run or of a comparison.
         costs: what accuracy is plotted against, with the names of the PNG files.
         run: where there is one run only: its training curves and latents.
+        lines: accuracies for reference, by name.
     """
     first = [r for r in rows if r["split"] == rows[0]["split"]]
     costly = [
-        Picture(plots.accuracy_against(rows, key), f"Accuracy against {plots.AGAINST[key][0]}.", file)
+        Picture(plots.accuracy_against(rows, key, lines), f"Accuracy against {plots.AGAINST[key][0]}.", file)
         for key, file in costs.items()
     ]
     by_steps = Picture(plots.accuracy_by_cot_steps(first), f"Accuracy by steps of the gold CoT, {first[0]['split']}.")
@@ -124,7 +133,7 @@ def sections_of(name: str, rows: Sequence[Row], costs: Mapping[str, str], run: R
         shown = {e.row["model"]: [p for p in e.problems if p.get("latents")] for e in run.evaluations[: len(first)]}
         latents = {model: problems for model, problems in shown.items() if problems}
     sections = [
-        Section(name, result_table(rows)),
+        Section(name, result_table(rows, lines)),
         Section("differences", difference_table(rows)),
         Section("cost", pictures=costly),
         Section("difficulty", pictures=[by_steps]),

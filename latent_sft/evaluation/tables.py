@@ -5,7 +5,7 @@ A column or a row that holds nothing is left out, so the same tables serve one r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latent_sft.evaluation.results import Row
@@ -36,12 +36,14 @@ class Table(NamedTuple):
         return shown
 
 
-def result_table(rows: Sequence[Row]) -> Table:
+def result_table(rows: Sequence[Row], lines: Mapping[str, float] = {}) -> Table:
     """Return the main table: accuracy, and every cost apart.
 
     Args:
         rows: as in `report.json` or `comparison.json`.
+        lines: accuracies for reference, by name; rows of their own at the end.
     """
+    rows = [*rows, *({"model": name, "split": NONE, "accuracy": value} for name, value in lines.items())]
     ks = sorted({int(k) for r in rows for k in r.get("pass_at") or {} if int(k) > 1})
     return _table(
         rows,

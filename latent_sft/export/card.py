@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latent_sft import __version__
 from latent_sft.config.experiment import Config
-from latent_sft.method.types import LatentSpec, SpanCode, ThoughtSpec
+from latent_sft.method.types import How, LatentSpec, Mixtures, SpanCode, ThoughtSpec
 from latent_sft.methods import method_of
 from latent_sft.runs import MANIFEST, read_json
 
@@ -67,16 +67,15 @@ def facts_of_run(config: Config, manifest: Mapping[str, Any], evaluations: Path,
     )
 
 
-def model_card(
-    spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts, how: ThoughtSpec | SpanCode | None = None
-) -> str:
+def model_card(spec: LatentSpec, tokenizer: PreTrainedTokenizerBase, facts: CardFacts, how: How | None = None) -> str:
     """Return the README of an exported folder: YAML front matter, then Markdown.
 
     Args:
         spec: settings.
         tokenizer: of the model.
         facts: what the checkpoint does not say.
-        how: a model thinks in hidden states, or in code words of spans; None is one that thinks in superpositions.
+        how: a model thinks in hidden states, code words of spans or its whole softmax; None is one that thinks in
+            latent tokens.
     """
     method = method_of(facts.method) if facts.method else None
     environment = Environment(
@@ -90,6 +89,7 @@ def model_card(
         spec=spec,
         thoughts=how if isinstance(how, ThoughtSpec) else None,
         code=how if isinstance(how, SpanCode) else None,
+        mixtures=how if isinstance(how, Mixtures) else None,
         facts=facts,
         method=method,
         make_inputs=prompt_code(spec, _opened(spec, tokenizer)),

@@ -29,7 +29,7 @@ from latent_sft.export.bundle import bundle
 from latent_sft.export.card import TRANSFORMERS, CardFacts, facts_of_run, model_card
 from latent_sft.export.chat import chat_template
 from latent_sft.export.remote import REMOTE_FILE, remote_code
-from latent_sft.method.types import SPEC_FILE, THINKER_FILE, LatentSpec, SpanCode, ThoughtSpec
+from latent_sft.method.types import SPEC_FILE, THINKER_FILE, How, LatentSpec, ThoughtSpec
 from latent_sft.methods import MODELS
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
 from latent_sft.runs import Step, read_json, write_atomically
@@ -135,7 +135,7 @@ def is_export(folder: Path) -> bool:
     return code.is_file() and code.read_text(encoding="utf-8").startswith(GENERATED)
 
 
-def generate_source(spec: LatentSpec, how: ThoughtSpec | SpanCode | None = None) -> str:
+def generate_source(spec: LatentSpec, how: How | None = None) -> str:
     """Return `custom_generate/generate.py`: this package's decoding code in one file, for one checkpoint."""
     values = "".join(f"    {key}={value!r},\n" for key, value in dataclasses.asdict(spec).items())
     entry = "latent_sft.export.custom_generate"
@@ -158,8 +158,8 @@ def _read_spec(source: Path) -> LatentSpec:
         raise ExportError(f"{source / SPEC_FILE}: unusable ({error}).") from error
 
 
-def _read_how(source: Path) -> ThoughtSpec | SpanCode | None:
-    """Return how a model thinks in hidden states or in code words; None for one whose latents are neither."""
+def _read_how(source: Path) -> How | None:
+    """Return how a model thinks, where it says so; None for one that thinks in latent tokens."""
     from latent_sft.models.load import read_thinker
 
     try:

@@ -25,13 +25,13 @@ from transformers.utils import cached_file
 from latent_sft.export.writer import Writer
 from latent_sft.inference.generate import Decoded, Sampling
 from latent_sft.inference.generate import generate as decode
-from latent_sft.method.types import LatentSpec, SpanCode, ThoughtSpec
+from latent_sft.method.types import How, LatentSpec, SpanCode, ThoughtSpec
 from latent_sft.models.thoughts import THOUGHTS_FILE, Thoughts, load_thoughts
 
-# the export writes the checkpoint's own values here; HOW stays None where latents are mixes of vocabulary entries that
-# stand for no span of tokens
+# the export writes the checkpoint's own values here; HOW stays None where latents are mixes of the top-k
+# vocabulary entries, as many as the model likes
 SPEC: LatentSpec = None  # type: ignore[assignment]
-HOW: ThoughtSpec | SpanCode | None = None
+HOW: How | None = None
 
 # arguments of other callers that change nothing here
 IGNORED = {"token_type_ids", "synced_gpus", "trust_remote_code"}
@@ -154,7 +154,7 @@ def generate(
         if snap not in ("none", "nearest", "likeliest", "greedy"):
             raise ValueError(f"snap: got {snap!r}, expected none, nearest, likeliest or greedy.")
         how = dataclasses.replace(how, snap=snap)
-    if isinstance(how, ThoughtSpec):
+    if how is not None and not isinstance(how, SpanCode):  # always as many latents, without noise
         limits = {"min_latents": min_latents, "max_latents": max_latents, "noise_scale": noise_scale}
         refused |= {key for key, value in limits.items() if value is not None}
     if refused:
@@ -239,14 +239,13 @@ def generate(
     if streamer is not None:
         streamer.put(ids.cpu())
     thoughts = _beside(model, how) if isinstance(how, ThoughtSpec) else None
-    code = how if isinstance(how, SpanCode) else None
     decoded = decode(
         model,
         spec,
         [prompt for prompt, _ in opened],
-        thinker="latent" if how is None else "spans" if code else "continuous",
+        thinker="latent" if how is None else how.thinker,
         thoughts=thoughts,
-        mixture=code,
+        mixture=None if isinstance(how, ThoughtSpec) else how,
         sampling=sampling,
         write=writer,
         batch_size=batch_size,

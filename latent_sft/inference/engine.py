@@ -25,6 +25,7 @@ from latent_sft.method.thinking import (
     ExplicitThinking,
     HiddenStateThinking,
     LatentThinking,
+    MixtureThinking,
     NoThinking,
     Thinking,
     answer_phase,
@@ -41,6 +42,7 @@ THINKERS: dict[str, type[Thinking]] = {
     "continuous": HiddenStateThinking,
     "soft": SoftThinking,
     "spans": SpanThinking,
+    "mixtures": MixtureThinking,
 }
 
 

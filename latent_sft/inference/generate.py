@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latent_sft.inference.advance import Write
 from latent_sft.inference.engine import Decoded, Engine, num_given
 from latent_sft.inference.noise import Sampling
-from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
+from latent_sft.method.types import LatentSpec, Mixing, Superposition
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -24,7 +24,7 @@ def generate(
     thinker: str,
     latents: Sequence[Superposition | Tensor] | None = None,
     thoughts: Thoughts | None = None,
-    mixture: Soft | SpanCode | None = None,
+    mixture: Mixing | None = None,
     max_cot_tokens: int = 512,
     sampling: Sampling | None = None,
     write: Write | None = None,
@@ -41,12 +41,12 @@ def generate(
         spec: settings.
         prompts: token ids, each ending with the opening delimiter.
         thinker: `latent` (feed superpositions back), `explicit` (write the CoT out), `none` (answer at once),
-            `continuous` (feed hidden states back, by `thoughts`), `soft` (Soft Thinking, by
-            `mixture`) or `spans` (superpositions that are code words of spans of tokens, by `mixture`).
+            `continuous` (feed hidden states back, by `thoughts`), and by `mixture` `soft` (Soft Thinking), `spans`
+            (superpositions that are code words of spans of tokens) or `mixtures` (the whole softmax).
         latents: given latents, for each prompt a superposition `[n_i, K]` or input embeddings `[n_i, D]`; thinking is
             skipped whatever the thinker, `</think>` is fed and the answer decoded (the oracle latents of stage 1).
         thoughts: for `continuous`, on the model's device; put into eval mode for the call.
-        mixture: for `soft` and `spans`.
+        mixture: for `soft`, `spans` and `mixtures`.
         max_cot_tokens: cap of explicit and soft thinking; 0 skips it.
         sampling: None is greedy without noise.
         write: chooses answer tokens in place of that, a problem being its place in `prompts`; not for `explicit`.

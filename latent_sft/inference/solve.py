@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latent_sft.data.collate import TokenRow
 from latent_sft.inference.engine import Engine
 from latent_sft.inference.generate import Decoded, Sampling, generate
-from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
+from latent_sft.method.types import LatentSpec, Mixing, Superposition
 from latent_sft.models.thoughts import Thoughts
 
 
@@ -23,7 +23,7 @@ class Thinker(NamedTuple):
         kind: a name of `inference.engine.THINKERS`.
         lm: causal LM.
         thoughts: for `continuous`.
-        mixture: for `soft` and `spans`.
+        mixture: for `soft`, `spans` and `mixtures`.
         oracle: (rows, batch size) -> latents of every row, `[N, K]` each, made from its reference CoT; fed in place of
             its own.
         spans_of: for `spans`: row -> the spans of its reference CoT that its latents should stand for.
@@ -32,7 +32,7 @@ class Thinker(NamedTuple):
     kind: str
     lm: nn.Module
     thoughts: Thoughts | None = None
-    mixture: Soft | SpanCode | None = None
+    mixture: Mixing | None = None
     oracle: Callable[[Sequence[TokenRow], int], Iterable[Superposition]] | None = None
     spans_of: Callable[[TokenRow], list[list[int]]] | None = None
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from latent_sft.method.superposition import largest, largest_but, perturb, weighted
-from latent_sft.method.types import LatentSpec, Soft, SpanCode, Superposition
+from latent_sft.method.superposition import largest, largest_but, perturb, superpose, weighted
+from latent_sft.method.types import LatentSpec, Mixing, Mixtures, Superposition
 
 THINK = 0
 
@@ -79,7 +79,7 @@ class Thinking:
         *,
         max_tokens: int = 0,
         thoughts: Any = None,
-        mixture: Soft | SpanCode | None = None,
+        mixture: Mixing | None = None,
     ) -> None:
         """Set up; of the settings, each kind uses its own.
 
@@ -98,7 +98,7 @@ class Thinking:
         self.one = torch.zeros(self.kept, device=device)
         self.one[0] = 1.0
 
-    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         """Take what this kind needs."""
 
     def start(self, phases: list[int]) -> ThinkState:
@@ -180,7 +180,7 @@ class LatentThinking(Thinking):
     the latest after `max_latents`.
     """
 
-    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         self.most_steps, self.width = self.spec.max_latents, self.spec.top_k
 
     def num_draws(self, noise: bool) -> int:
@@ -229,7 +229,7 @@ class ExplicitThinking(Thinking):
     written = True
     readable = True
 
-    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         self.kept = 1
 
     def step(
@@ -249,22 +249,12 @@ class NoThinking(ExplicitThinking):
 
     title = ""
 
-    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         self.kept, self.most_steps = 1, 0
 
 
-class HiddenStateThinking(Thinking):
-    """Last hidden states are fed back, always so many, whatever the model would say; the spec's limits do not count.
-
-    What a thought says is the softmax over its top-k logits.
-    """
-
-    title = "latents, as the LM head reads them"
-    needs = "thoughts"
-
-    def _prepare(self, thoughts: Any, mixture: Soft | SpanCode | None) -> None:
-        self.thoughts, self.most_steps = thoughts, thoughts.spec.num_latents
-        self.at_once = 0 if thoughts.spec.sequential else self.most_steps
+class FixedThinking(Thinking):
+    """Always `most_steps` steps, whatever the model would say; the spec's limits do not count."""
 
     def step(
         self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
@@ -275,3 +265,28 @@ class HiddenStateThinking(Thinking):
         continues = thinking & (state.num_steps < self.most_steps)
         token, after = self._plain(thinking, continues, state, said.ids[:, 0] if answers is None else answers)
         return self._mixed(continues, said, token), after
+
+
+class HiddenStateThinking(FixedThinking):
+    """Last hidden states are fed back; what a thought says is the softmax over its top-k logits."""
+
+    title = "latents, as the LM head reads them"
+    needs = "thoughts"
+
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
+        self.thoughts, self.most_steps = thoughts, thoughts.spec.num_latents
+        self.at_once = 0 if thoughts.spec.sequential else self.most_steps
+
+
+class MixtureThinking(FixedThinking):
+    """The softmax over the whole vocabulary is fed back, at temperature 1, with no token left out."""
+
+    needs = "mixture"
+
+    def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
+        assert isinstance(mixture, Mixtures)
+        self.kept, self.most_steps = self.spec.vocab_size, mixture.num_latents
+
+    def said(self, logits: Tensor) -> Superposition:
+        """See `Thinking.said`."""
+        return superpose(logits, self.kept)

@@ -165,6 +165,7 @@ class ThoughtSpec:
     """
 
     key: ClassVar[str] = "thoughts"
+    thinker: ClassVar[str] = "continuous"
     num_latents: int
     iterations: int
     projection: bool = False
@@ -213,6 +214,24 @@ class SpanCode:
     """
 
     key: ClassVar[str] = "spans"
+    thinker: ClassVar[str] = "spans"
     rho: float
     longest: int
     snap: str = "nearest"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixtures:
+    """How a model thinks in its own whole softmax, always so many times; stands in `thinker.json` beside the weights.
+
+    Attributes:
+        num_latents: steps.
+    """
+
+    key: ClassVar[str] = "mixtures"
+    thinker: ClassVar[str] = "mixtures"
+    num_latents: int
+
+
+How = ThoughtSpec | SpanCode | Mixtures  # what `thinker.json` can hold
+Mixing = Soft | SpanCode | Mixtures  # settings of thinkers that feed mixtures of tokens

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from latent_sft.methods import coconut, cot, icot, latent_sft, lotus, self_distill, sim_cot, soft_thinking, span_labels
+from latent_sft.methods import (
+    coconut,
+    cot,
+    cot2,
+    icot,
+    latent_sft,
+    lotus,
+    self_distill,
+    sim_cot,
+    soft_thinking,
+    span_labels,
+)
 from latent_sft.methods.base import Method, Model, Stage
 
 METHODS: tuple[Method, ...] = (
     cot.METHOD,
     latent_sft.METHOD,
     span_labels.METHOD,
+    cot2.METHOD,
     soft_thinking.METHOD,
     icot.METHOD,
     lotus.METHOD,

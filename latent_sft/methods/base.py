@@ -25,7 +25,7 @@ from latent_sft.data.collate import Batch, LabelOf, TokenRow
 from latent_sft.data.lengths import Lengths, Number
 from latent_sft.inference.solve import Policy, Thinker
 from latent_sft.memory import Backbone, Weights, one_model
-from latent_sft.method.types import LatentSpec, SpanCode, Superposition, ThoughtSpec
+from latent_sft.method.types import How, LatentSpec, Superposition, ThoughtSpec
 from latent_sft.models.load import load_lm, merged, read_thinker, save_lm, save_thinker
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
 
@@ -155,7 +155,7 @@ def cross_entropy_alone(setup: Setup) -> dict[str, float]:
     return {"ce": setup.train.ce_weight}
 
 
-def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str, settings: SpanCode | None = None) -> None:
+def save_plain(model: Any, setup: Setup, folder: Path, *, thinker: str, settings: How | None = None) -> None:
     """Write a language model with its tokenizer, and how it thinks."""
     save_lm(merged(model.lm), folder, setup.tokenizer)
     save_thinker(folder, setup.spec, thinker, settings)

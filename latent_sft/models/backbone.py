@@ -36,18 +36,22 @@ def head_table(model: nn.Module) -> Tensor:
     return unwrap_peft(model).get_output_embeddings().weight
 
 
-def mix_latents(model: nn.Module, latent: Superposition) -> Tensor:
+def mix_latents(model: nn.Module, latent: Superposition, train_table: bool = False) -> Tensor:
     """Return embeddings `[..., D]` of superpositions, the table detached (reference: W is never trained through z).
 
-    Gradient reaches the weights of the superposition only.
+    Gradient reaches the weights of the superposition, and the table with `train_table` only.
     """
+
+    def held(table: Tensor) -> Tensor:
+        return table if train_table else table.detach()
+
     module = unwrap_peft(model).get_input_embeddings()
     # a table partitioned by DeepSpeed ZeRO-3 is there only while its module is called
     if type(module) is nn.Embedding and not hasattr(module.weight, "ds_id"):
-        return mix(latent, module.weight.detach())
+        return mix(latent, held(module.weight))
     if latent.ids.shape[-1] == module.num_embeddings:  # every row once, not once for every latent
-        return mix(latent, module(torch.arange(module.num_embeddings, device=latent.ids.device)).detach())
-    return combine(module(latent.ids).detach(), latent.weights)
+        return mix(latent, held(module(torch.arange(module.num_embeddings, device=latent.ids.device))))
+    return combine(held(module(latent.ids)), latent.weights)
 
 
 def hidden_states(

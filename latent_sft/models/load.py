@@ -24,7 +24,7 @@ from transformers import (
 
 from latent_sft.config.schema import LoraConfig, ModelConfig, TinyModelConfig
 from latent_sft.errors import ArtefactError, ConfigError
-from latent_sft.method.types import SPEC_FILE, THINKER_FILE, LatentSpec, SpanCode, ThoughtSpec
+from latent_sft.method.types import SPEC_FILE, THINKER_FILE, How, LatentSpec, Mixtures, SpanCode, ThoughtSpec
 from latent_sft.models.backbone import embed, input_table, unwrap_peft
 from latent_sft.models.head import check_head
 from latent_sft.models.sharding import gathered_parameters
@@ -33,7 +33,7 @@ from latent_sft.runs import file_sha256, fingerprint, read_json, write_json
 log = logging.getLogger(__name__)
 
 # ways of thinking that come with settings
-SETTINGS: dict[str, type[ThoughtSpec] | type[SpanCode]] = {"continuous": ThoughtSpec, "spans": SpanCode}
+SETTINGS: dict[str, type[How]] = {how.thinker: how for how in (ThoughtSpec, SpanCode, Mixtures)}
 # key of `model.tiny` -> names in the configurations of transformers
 _SIZE_NAMES = {
     "hidden_size": ("hidden_size",),
@@ -284,14 +284,14 @@ def save_lm(lm: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> 
         ) from error
 
 
-def save_thinker(folder: Path, spec: LatentSpec, thinker: str, settings: ThoughtSpec | SpanCode | None = None) -> None:
+def save_thinker(folder: Path, spec: LatentSpec, thinker: str, settings: How | None = None) -> None:
     """Write the spec beside a model, and how it thinks, with the settings of that."""
     write_json(folder / SPEC_FILE, spec.to_dict())
     how = {} if settings is None else {settings.key: dataclasses.asdict(settings)}
     write_json(folder / THINKER_FILE, {"thinker": thinker, **how})
 
 
-def read_thinker(folder: Path) -> tuple[str, ThoughtSpec | SpanCode | None]:
+def read_thinker(folder: Path) -> tuple[str, How | None]:
     """Return how the model of a folder thinks, in latent tokens where it does not say, and the settings of that.
 
     Raises:

@@ -19,6 +19,8 @@ class Stage2Model(nn.Module):
     Where a batch has `fed_ids` and `fed_weights` `[B, N, K']`, these are the input mixture (see `methods.span_labels`).
     """
 
+    train_table = False  # whether embeddings learn from being mixed
+
     def __init__(self, lm: nn.Module, spec: LatentSpec) -> None:
         super().__init__()
         self.lm = lm
@@ -40,6 +42,6 @@ class Stage2Model(nn.Module):
         """Return the last hidden states `[B T, D]` where these latents `[B, N, K]` are fed."""
         embeds = embed(self.lm, batch["ids"])
         slot = batch["branch"].clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
-        placed = mix_latents(self.lm, fed).to(embeds.dtype).gather(1, slot)
+        placed = mix_latents(self.lm, fed, self.train_table).to(embeds.dtype).gather(1, slot)
         embeds = torch.where((batch["kind"] == Kind.LATENT)[..., None], placed, embeds)
         return hidden_states(self.lm, embeds).flatten(0, 1)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from latent_sft.config.load import load_config, to_yaml
-from latent_sft.errors import ArtefactError
+from latent_sft.errors import ArtefactError, ConfigError
+from latent_sft.evaluation import plots
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.evaluation.report import write_comparison
 from latent_sft.evaluation.results import Evaluation, Job, Method, collect, label_methods, mean_of, rows_of, table_of
@@ -209,6 +210,31 @@ def test_the_pages_hold_tables_plots_and_what_is_missing(comparison):
     found = json.loads((run / "comparison.json").read_text())
     assert [m["run"] for m in found["missing"]] == ["kava/seed-1"]
     assert next(r for r in found["rows"] if r["model"] == "kava")["against_cot"]["seeds"] == 1
+
+
+def test_reference_lines_stand_in_table_and_plots(comparison, monkeypatch):
+    path, jobs = comparison
+    drawn = []
+    original = plots.accuracy_against
+
+    def keep(*args):
+        drawn.append(original(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(plots, "accuracy_against", keep)
+    page = write_comparison(load_config(path, ["compare.lines={majority: 0.373, parity: 0.612}"]), jobs)
+    text = page.with_suffix(".md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("| majority |", "| parity |"))]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| majority", "–", "–", "37.3"],
+        ["| parity", "–", "–", "61.2"],
+    ]
+    assert json.loads(page.with_suffix(".json").read_text())["lines"] == {"majority": 0.373, "parity": 0.612}
+    for axes in drawn[0].axes:
+        assert {"majority  37.3 %", "parity  61.2 %"} <= {text.get_text() for text in axes.texts}
+        assert {0.373, 0.612} <= {line.get_ydata()[0] for line in axes.lines}
+    with pytest.raises(ConfigError, match=r"compare.lines: got {'x': 37.3}, expected accuracies from 0 to 1"):
+        load_config(path, ["compare.lines={x: 37.3}"])
 
 
 def test_a_seed_that_the_first_variant_lacks_comes_from_another_one(comparison):

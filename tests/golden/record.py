@@ -55,6 +55,8 @@ CONFIG = [
         )
     ),
 ]
+# a stage that needs what those rows lack has data, and a run, of its own
+OWN_DATA = {"cot2": ["data.synthetic.task=mnns", "model.tiny.tokenizer=space", "data.limit_train=64"]}
 
 
 def of_every_stage(*settings: str) -> list[str]:
@@ -70,8 +72,17 @@ def trajectories(run_dir: Path, *overrides: str) -> dict[str, dict[str, list[flo
     for name in STAGES:
         if name == "stage2":
             make_labels(config, work)
-        train_stage(config, name, work)
-    return {name: read(run_dir / name) for name in STAGES}
+        if name in OWN_DATA:
+            own = [*CONFIG, *overrides, *OWN_DATA[name], f"run_dir={run_of(run_dir, name)}"]
+            train_stage(load_config(None, own), name)
+        else:
+            train_stage(config, name, work)
+    return {name: read(run_of(run_dir, name) / name) for name in STAGES}
+
+
+def run_of(run_dir: Path, name: str) -> Path:
+    """Return the run directory that a stage is trained in."""
+    return run_dir / "own" if name in OWN_DATA else run_dir
 
 
 def read(folder: Path) -> dict[str, list[float]]:

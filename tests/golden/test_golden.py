@@ -61,7 +61,7 @@ def test_two_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*torchrun, record.__file__, tmp_path, *cut], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_golden({name: record.read(tmp_path / name) for name in STAGES})
+    assert_golden({name: record.read(record.run_of(tmp_path, name) / name) for name in STAGES})
 
 
 def test_a_modified_tree_is_refused(monkeypatch, capsys):

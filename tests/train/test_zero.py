@@ -133,7 +133,8 @@ def test_every_stage_trains_beside_a_model_in_16_bit(tmp_path, kind):
     assert job.returncode == 0, output[-4000:]
     for level in range(4):
         for stage in STAGES:
-            assert len(logged(tmp_path / f"{kind}{level}" / stage, "eval/accuracy")) == 1, (level, stage)
+            run = f"{kind}{level}" + ("-own" if stage == "cot2" else "")
+            assert len(logged(tmp_path / run / stage, "eval/accuracy")) == 1, (level, stage)
 
 
 @pytest.mark.slow

@@ -133,6 +133,10 @@ def halves(folder: Path, kind: str) -> None:
     for zero in (0, 1, 2, 3):
         config = config_of(folder, f"{kind}{zero}", zero, *short, *HALVES[kind])
         for stage in STAGES:
+            if stage == "cot2":  # its rows need mixtures
+                own = ("data.synthetic.task=mnns", "model.tiny.tokenizer=space", "data.limit_train=64")
+                train_stage(config_of(folder, f"{kind}{zero}-own", zero, *short, *HALVES[kind], *own), stage)
+                continue
             if stage == "stage2":
                 make_labels(config)
             train_stage(config, stage)
