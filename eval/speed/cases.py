@@ -296,7 +296,7 @@ def _stage1(case: Case, device: str) -> dict[str, Way]:
     inputs = partial(plain.stage1_inputs, rows, fast.spec)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        return _backward(fast(**batch)["ce_total"] / batch["counts"][0])
+        return _backward(fast(**batch).loss_sums["ce"] / batch["count_ce"])
 
     return {
         "plain": Way(slow, lambda: send_to_device(inputs(), device), lambda b: _backward(slow(b))),
@@ -313,8 +313,8 @@ def _stage2(case: Case, device: str) -> dict[str, Way]:
     inputs = partial(plain.stage2_inputs, rows, list(labels.values()), fast.spec)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        out = fast(**batch)
-        return _backward(out["ce_total"] / batch["counts"][0] + out["kl_total"] / batch["counts"][1])
+        sums = fast(**batch).loss_sums
+        return _backward(sums["ce"] / batch["count_ce"] + sums["kl"] / batch["count_kl"])
 
     return {
         "plain": Way(slow, lambda: send_to_device(inputs(), device), lambda b: _backward(plain.stage2_loss(slow, b))),
@@ -399,11 +399,10 @@ def _kava(case: Case, device: str) -> dict[str, Way]:
 
         def step(both: list[Any]) -> Tensor:
             batch, again = both
-            out: dict[str, Any] = model(**batch)
+            sums = model(**batch).loss_sums
             if path == "published":
-                out["teacher_ce_total"] = explicit(**again)["ce_total"]
-            terms = enumerate(weights.items())
-            losses = [w * out[f"{n}_total"] / batch["counts"][i] for i, (n, w) in terms if f"{n}_total" in out]
+                sums["teacher_ce"] = explicit(**again).loss_sums["ce"]
+            losses = [weights[name] * total / batch[f"count_{name}"] for name, total in sums.items()]
             return _backward(torch.stack(losses).sum())
 
         return Way(model, batches, step)
@@ -429,7 +428,7 @@ def _shared(case: Case, device: str) -> dict[str, Way]:
             with folder:
                 return holder.append(STAGES["stage1-union"].model(setup).to(device))[0]
 
-        return Way(holder, prepare, lambda m: _backward(m(**send_to_device(batch, device))["ce_total"]))
+        return Way(holder, prepare, lambda m: _backward(m(**send_to_device(batch, device)).loss_sums["ce"]))
 
     return {"plain": way("false"), "fast": way("true")}
 

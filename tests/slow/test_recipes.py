@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EXPORTED = {"gsm8k_llama1b": "latent-sft", "math_qwen7b": "latent-sft", "kava_llama1b": "kava", "codi_llama1b": "codi",
             "pccot_gpt2": "pccot", "coconut_gpt2": "coconut", "simcot_llama1b": "simcot-codi",
-            "lotus_llama1b": "lotus"}  # fmt: skip
+            "lotus_llama1b": "lotus", "spans_llama1b": "latent-spans"}  # fmt: skip
 SIZES = [
     "data.validation_size=3",
     "labels.batch_size=4",

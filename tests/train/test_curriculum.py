@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from latent_sft.data.lengths import Lengths
 from latent_sft.errors import ConfigError
 from latent_sft.methods.coconut import CoconutConfig, ForgetMoments, numbered, stage_at
-from latent_sft.methods.latent_sft import Lengths
 from latent_sft.train.sampler import LengthBucketSampler, Phased, TokenBatchSampler
 
 ROWS = [{"id": str(i)} for i in range(20)]

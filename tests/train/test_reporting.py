@@ -52,15 +52,16 @@ def tags_of(folder: Path) -> list[dict[str, float]]:
 
 
 def test_what_is_logged_is_what_is_documented_and_goes_to_wandb_too(tiny_config, wandb):
-    config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false", "report_to=[wandb]")
+    more = ("stage1.span_weight=0.5", "report_to=[wandb]")
+    config = tiny_config("stage1.encoder.enabled=false", "stage1.decoder.enabled=false", *more)
     work = Workspace(config)
     folders = [train_stage(config, "stage1-union", work).directory]
     make_labels(config, work)
     folders.append(train_stage(config, "stage2", work).directory)
 
     quiet = dataclasses.replace(config, report_to=())
-    distilled = train_stage(quiet, "kava", work).directory
-    logged = {tag for folder in (*folders, distilled) for line in tags_of(folder) for tag in line}
+    others = [train_stage(quiet, name, work).directory for name in ("kava", "lotus")]
+    logged = {tag for folder in (*folders, *others) for line in tags_of(folder) for tag in line}
     documented = set(re.findall(r"^\| `((?:train|eval)/\w+)` \|", PAGE, re.MULTILINE))
     assert logged | ON_GPU == documented
 

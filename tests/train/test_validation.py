@@ -40,6 +40,10 @@ def test_a_special_token_in_an_answer_is_seen_in_validation_and_in_evaluation(mo
     assert validation.validation_metrics(torch.nn.Identity(), stage, work, [row])["accuracy"] == right
     grading = {"decode_text": partial(answer_text, tokenizer), "grader": "auto", "wall_seconds": 1.0}
     summary, _ = score(
-        [sample], [row], spec=SimpleNamespace(eos_id=tokenizer.eos_token_id), heatmap_problems=0, **grading
+        [sample],
+        [row],
+        spec=SimpleNamespace(eos_id=tokenizer.eos_token_id, end_think_ids=(9,)),
+        heatmap_problems=0,
+        **grading,
     )
     assert summary["accuracy"] == right
