@@ -51,8 +51,8 @@ LAYERS = {
     "cli": 15,
 }
 # These two may only fall. Raising one needs a decision record in docs/decisions/ that says what the lines buy.
-# Measured: 11,260 lines in 109 files; the rest is room for the modules of two more methods (350 lines together).
-MAX_CODE_LINES = 12_930
+# Raised by decision 19 (it was 11,610 in 111 files).
+MAX_CODE_LINES = 12_935
 MAX_FILES = 116
 MAX_LINES = 360
 # read by looking up, or one method from settings to words

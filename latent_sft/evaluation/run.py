@@ -22,7 +22,7 @@ from latent_sft.evaluation.interventions import check_given, intervene, latent_s
 from latent_sft.evaluation.score import score
 from latent_sft.experiment.workspace import Experiment, Workspace
 from latent_sft.inference.generate import Sampling
-from latent_sft.inference.solve import as_rows, solve
+from latent_sft.inference.solve import Thinker, as_rows, solve
 from latent_sft.method.types import Soft
 from latent_sft.methods import MODELS, method_of
 from latent_sft.runs import MANIFEST, Step, fingerprint, write_json
@@ -107,6 +107,7 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         return None
     sampling = Sampling(**{key: getattr(settings, key) for key in SAMPLING}) if settings.sample else None
     step.begin(settings.seed)
+    alone = _seconds_alone(thinker, work, rows[: settings.latency_problems])
     repeated = [row for row in rows for _ in range(settings.num_samples)]
     began = time.perf_counter()
     with tqdm(total=len(repeated), desc=f"eval {name} {split}", unit="problem") as bar:
@@ -120,15 +121,11 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
         summary["skipped"] = skipped
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         log.warning("eval %s %s: the accuracy is without rows that were skipped (%s)", name, split, reasons)
+    summary |= alone
     first = decoded[:: settings.num_samples]
     summary |= agreement(first, rows)
     if thinker.spans_of is not None:
         summary |= span_agreement(first, rows, thinker.spans_of)
-    if settings.latency_problems:
-        alone = rows[: settings.latency_problems]
-        began = time.perf_counter()
-        solve(thinker, work.spec, alone, batch_size=1, max_cot_tokens=settings.max_cot_tokens)
-        summary["seconds_alone"] = (time.perf_counter() - began) / len(alone)
     sweeps = first[0].latent_ids is not None and thinker.oracle is None and not isinstance(thinker.mixture, Soft)
     if settings.latent_sweep and sweeps:
         summary["latent_sweep"] = latent_sweep(
@@ -143,6 +140,17 @@ def _evaluate_one(config: Config, work: Workspace, name: str, source: Step, spli
     write_json(path, {"model": name, "split": split, "summary": summary, "problems": problems})
     step.finish(summary=summary)
     return summary
+
+
+def _seconds_alone(thinker: Thinker, work: Workspace, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the time of a problem that is solved alone, greedily; what comes after finds everything warm."""
+    if not rows:
+        return {}
+    options: dict[str, Any] = {"batch_size": 1, "max_cot_tokens": work.config.eval.max_cot_tokens}
+    solve(thinker, work.spec, rows[:1], **options)
+    began = time.perf_counter()
+    solve(thinker, work.spec, rows, **options)
+    return {"seconds_alone": (time.perf_counter() - began) / len(rows)}
 
 
 def _step(work: Workspace, name: str, source: Step, split: str) -> Step:
