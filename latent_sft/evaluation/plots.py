@@ -229,14 +229,14 @@ def thought_row(solution: Solution, top: int = 3, most: int = 16) -> Figure | No
     Args:
         solution: one that was thought in latents.
         top: tokens per latent; the heavier, the darker.
-        most: latents drawn, from the first.
+        most: latents drawn, from the first. Above one that stands for a span of the CoT is its text.
     """
     if not solution.latents:
         return None
     shown = solution.latents[:most]
     hidden = len(solution.latents) - len(shown)
-    left, right = 3.0, 1.8
-    width = left + len(shown) + right
+    left, wide, right = 3.0, 1.0 + 0.8 * any(latent.span for latent in shown), 1.8
+    width = left + wide * len(shown) + right
     figure = Figure(figsize=(0.72 * width, 0.32 * (top + 1)))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(top, -1))
     axes.set_axis_off()
@@ -249,10 +249,11 @@ def thought_row(solution: Solution, top: int = 3, most: int = 16) -> Figure | No
     cell(0, -1, left, 1, "prompt", 0.0, weight="bold")
     cell(0, 0, left, top, textwrap.fill(solution.problem, 26, max_lines=top + 1, placeholder=" …"), 0.08, fontsize=8)
     for x, latent in enumerate(shown, 1):
-        cell(left + x - 1, -1, 1, 1, f"z{x}" + (f" +{hidden}" if hidden and x == most else ""), 0.0, weight="bold")
+        at, name = left + wide * (x - 1), latent.span or f"z{x}"
+        cell(at, -1, wide, 1, name + (f" +{hidden}" if hidden and x == most else ""), 0.0, weight="bold")
         for y, (text, weight) in enumerate(latent.tokens[:top]):
             colour = "white" if weight > 0.6 else _INK
-            cell(left + x - 1, y, 1, 1, textwrap.shorten(text, 9) or repr(text), 0.06 + 0.9 * weight, color=colour)
+            cell(at, y, wide, 1, textwrap.shorten(text, 9) or repr(text), 0.06 + 0.9 * weight, color=colour)
     cell(width - right, -1, right, 1, "answer", 0.0, weight="bold")
     answer = textwrap.fill(solution.answer, 16, max_lines=top + 1, placeholder=" …")
     cell(width - right, 0, right, top, answer, 0.08, fontsize=11 if len(answer) < 8 else 8)
