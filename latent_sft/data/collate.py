@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from latent_sft.data.lengths import Lengths, count_tokens, single
+from latent_sft.errors import DataError
 from latent_sft.method import layout
 from latent_sft.method.layout import IGNORE, Row
 from latent_sft.method.spans import span_labels
@@ -161,7 +162,17 @@ def encoder_batch(rows: Sequence[TokenRow], spec: LatentSpec, filler: bool = Fal
     return _encoder_part(rows, _segments(rows, filler), spec)
 
 
+def _need_cot(row: TokenRow, found: int) -> None:
+    if not found:
+        raise DataError(
+            f"row {row['id']}: field 'cot': empty; expected a chain of thought in every row that latents are trained "
+            "on. Leave the row out, or train no-cot and cot alone."
+        )
+
+
 def _segments(rows: Sequence[TokenRow], filler: bool) -> list[list[list[int]]]:
+    for row in rows:
+        _need_cot(row, filler or len(row["cot"]))
     # what a filler stands for is the empty segment before the CoT
     return [[*[[]] * filler, *layout.split_cot(r["cot"], r["segment_lengths"])] for r in rows]
 
@@ -211,6 +222,7 @@ def stage2_batch(rows: Sequence[TokenRow], spec: LatentSpec, *, label_of: LabelO
     kl_weights: list[float] = []
     for b, (row, label) in enumerate(zip(rows, labels, strict=True)):
         n = len(label.ids)
+        _need_cot(row, n)
         first = b * length + len(row["prompt"]) - 1
         kl_index += range(first, first + n)
         kl_latent += range(b * width, b * width + n)

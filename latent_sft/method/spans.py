@@ -53,13 +53,6 @@ def span_labels(spans: Sequence[Sequence[int]], rho: float, width: int) -> Super
     return Superposition(ids, weights)
 
 
-def merged_entropy(words: Superposition) -> Tensor:
-    """Return the entropies of labels `[..., K]` in nats, `[...]`, with the weights of repeated tokens added up."""
-    same = words.ids[..., :, None] == words.ids[..., None, :]
-    masses = (same * words.weights[..., None, :]).sum(-1)
-    return -torch.xlogy(words.weights, masses).sum(-1)
-
-
 def separation(length: int, rho: float) -> float:
     """Return the smallest gap between the sums of two different subsets of the weights of a span.
 
@@ -106,6 +99,8 @@ class Snapper:
         for length in range(1, size + 1):
             weights[length - 1, :length] = span_weights(length, code.rho).float()
         self.weights = weights.to(device)
+        if size > LONGEST and code.snap in ("nearest", "likeliest"):
+            raise ValueError(f"snap: got {code.snap!r}, expected none or greedy for spans of up to {size} tokens.")
         self.greedy = code.snap == "greedy" or size > LONGEST
         if not self.greedy:
             self.masses, self.rank, self.length = (part.to(device) for part in _code_words(code))

@@ -117,7 +117,7 @@ def labels_of(rows: Sequence[TokenRow], num_latents: int) -> dict[str, Superposi
 
 
 def cot2_batch(rows: Sequence[TokenRow], spec: LatentSpec, num_latents: int, *, loss_reduction: str) -> Batch:
-    """Batch of stage 2 (see `latent_sft.stage2_batch`) on the rows' mixtures; all that is predicted counts alike.
+    """Batch of stage 2 (see `data.collate.stage2_batch`) on the rows' mixtures; all that is predicted counts alike.
 
     With one trace, whose mixtures are single tokens, `ce + kl` is the loss of CoT fine-tuning on it.
 

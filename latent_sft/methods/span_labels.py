@@ -192,14 +192,14 @@ def with_own_latents(batch: Batch, policy: Policy, *, share: float, code: SpanCo
     size, (num_rows, width) = max(own.ids.shape[-1], label.ids.shape[-1]), label.ids.shape[:2]
     draws = [policy.random(row_id) for row_id in batch["row_ids"]]
     drawn = torch.tensor([[draw.random() < share for _ in range(width)] for draw in draws], device=hidden.device)
-    place = batch["kl_latent"][drawn.flatten()[batch["kl_latent"]]]
-    kept = drawn.flatten()[batch["kl_latent"]]
+    chosen = drawn.flatten()[batch["kl_latent"]]
+    place = batch["kl_latent"][chosen]
     fed = []
     for ours, theirs in zip(own, label, strict=True):
         part = theirs.new_zeros(num_rows * width, size)
         part[:, : theirs.shape[-1]] = theirs.flatten(0, 1)
         part[place] = 0
-        part[place, : ours.shape[-1]] = ours[kept].to(part.dtype)
+        part[place, : ours.shape[-1]] = ours[chosen].to(part.dtype)
         fed.append(part.view(num_rows, width, size))
     return {**batch, "fed_ids": fed[0], "fed_weights": fed[1]}
 
@@ -219,17 +219,12 @@ def spans_lengths(data: Any, spec: LatentSpec, config: SpansConfig, boundary: Bo
 
 def _model(setup: Setup) -> nn.Module:
     config = setup.settings
-    gap, dtype = separation(min(config.longest, 16), config.rho), getattr(torch, setup.model.dtype)
+    gap, dtype = separation(min(config.longest, 16), config.rho), getattr(torch, setup.trained_model.dtype)
     spacing = torch.finfo(dtype).eps / 4  # of numbers between 1/4 and 1/2
     if gap < spacing:
-        log.warning(
-            "spans: two spans of %d tokens can have labels that differ by %.1e only, less than %s tells apart (%.1e); "
-            "lower spans.rho (0.5 is safest) or spans.longest",
-            config.longest,
-            gap,
-            setup.model.dtype,
-            spacing,
-        )
+        what = f"differ by {gap:.1e} only, less than {setup.trained_model.dtype} tells apart ({spacing:.1e})"
+        advice = "lower spans.rho (0.5 is safest) or spans.longest"
+        log.warning("spans: two spans of %d tokens can have labels that %s; %s", config.longest, what, advice)
     model = Stage2Model(trainable(load_lm(setup.single, setup.trained_model), setup.model.lora), setup.spec)
     model.code = dataclasses.replace(config.code, snap="none")
     return model
@@ -257,10 +252,6 @@ def _identity(settings: SpansConfig, latent: LatentConfig) -> dict[str, Any]:
     return {"method": own, "latent": {**noise, "top_k": latent.top_k, "exclude_end": latent.exclude_end}}
 
 
-def _validation(model: Any) -> Thinker:
-    return Thinker("spans", model.lm, mixture=model.code)
-
-
 def _load(folder: Path, model: ModelConfig, spec: LatentSpec, settings: SpansConfig, device: torch.device) -> Thinker:
     boundary = boundary_of(load_tokenizer(folder, model))
 
@@ -283,7 +274,7 @@ METHOD = Method(
             name="latent-spans",
             section="spans.train",
             meaning="the model learns to think in mixtures of the tokens of each span of the CoT",
-            thinker=_validation,
+            thinker=lambda model: Thinker("spans", model.lm, mixture=model.code),
             source=lambda settings: "cot" if settings.init == "cot" else None,
             identity=_identity,
             model=_model,

@@ -15,7 +15,6 @@ from latent_sft.data.collate import Batch
 from latent_sft.method.layout import Kind
 from latent_sft.method.losses import LinearHead, StepOutput, linear_nll
 from latent_sft.method.projection import superpose_states
-from latent_sft.method.spans import merged_entropy
 from latent_sft.method.superposition import entropy, with_noise
 from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.attention import decoder_states, encoder_states, use_backend
@@ -103,7 +102,7 @@ class Stage1Model(nn.Module):
 
         hidden = hidden.flatten(0, 1)[batch["span_index"]]
         total = call_with(module, nll, hidden) if is_partitioned(module.parameters()) else nll(hidden)
-        return total - (merged_entropy(words) * weights).sum()
+        return total - (entropy(words) * weights).sum()
 
     def forward(self, **batch: Tensor) -> StepOutput:
         """Return `ce`, the weighted sum, and where the batch has code words `span`, times the share that is left of it.

@@ -16,7 +16,8 @@ from latent_sft.models.head import ce_total, kl_total
 class Stage2Model(nn.Module):
     """A causal LM with the stage-2 objective; the noisy labels are both KL target and input mixture.
 
-    Where a batch has `fed_ids` and `fed_weights` `[B, N, K']`, these are the input mixture (see `methods.span_labels`).
+    Where a batch has `fed_ids` and `fed_weights` `[B, N, K']`, these are the input mixture, and the
+    labels are the target alone.
     """
 
     train_table = False  # whether embeddings learn from being mixed

@@ -172,6 +172,8 @@ def test_there_are_bell_numbers_of_code_words():
 
 
 def test_a_long_code_is_searched_greedily():
+    with pytest.raises(ValueError, match="got 'nearest', expected none or greedy for spans of up to 12 tokens"):
+        Snapper(SpanCode(rho=0.5, longest=12, snap="nearest"), CPU)
     snapper = Snapper(SpanCode(rho=0.5, longest=LONGEST + 3, snap="none"), CPU)
     assert snapper.greedy and not hasattr(snapper, "masses")
 

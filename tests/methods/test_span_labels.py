@@ -18,6 +18,7 @@ from reference import PUBLISHED
 from reference_spans import mux
 
 from latent_sft import cli
+from latent_sft.data.collate import stage1_batch
 from latent_sft.data.lengths import count_tokens
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.evaluation.agreement import span_agreement
@@ -166,6 +167,17 @@ def test_one_token_per_span_is_cot_fine_tuning():
         one = spans_batch([row], SPEC, config, NEVER, loss_reduction="token")
         by_row += model(**one).loss_sums["kl"].item() * len(row["cot"])
     assert sums["ce"].item() + by_row == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["spans", "stage 1"])
+def test_a_row_without_a_cot_is_one_clear_error(batch):
+    rows = [ROWS[0], {**ROWS[1], "id": "b", "cot": [], "step_lengths": [], "segment_lengths": []}]
+    rows[0] = {**rows[0], "segment_lengths": [len(rows[0]["cot"])]}
+    with pytest.raises(DataError, match="row b: field 'cot': empty; expected a chain of thought"):
+        if batch == "spans":
+            spans_batch(rows, SPEC, SpansConfig(cuts="fixed"), NEVER, loss_reduction="token")
+        else:
+            stage1_batch(rows, SPEC, loss_reduction="token")
 
 
 def test_rows_do_not_depend_on_the_batch():
@@ -323,7 +335,7 @@ def test_settings_out_of_range_are_refused(change, message):
 
 
 def test_labels_that_cannot_be_told_apart_are_reported(tiny_config, caplog):
-    work = Workspace(tiny_config("model.dtype=bfloat16", "spans.rho=0.9", "spans.init=base"))
+    work = Workspace(tiny_config("model.dtype=bfloat16", "model.lora.rank=2", "spans.rho=0.9", "spans.init=base"))
     STAGES["latent-spans"].model(work.setup("latent-spans"))
     assert "two spans of 8 tokens can have labels that differ by 1.3e-04 only, less than bfloat16" in caplog.text
 

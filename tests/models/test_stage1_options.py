@@ -35,7 +35,8 @@ from latent_sft.evaluation.run import evaluate
 from latent_sft.experiment.compare import jobs_of
 from latent_sft.experiment.stores import store_latents
 from latent_sft.experiment.workspace import Workspace
-from latent_sft.method.spans import merged_entropy, span_labels
+from latent_sft.method.spans import span_labels
+from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 from latent_sft.methods import STAGES
 from latent_sft.methods.latent_sft import LABELS, FadingSpans, Stage1Config
@@ -215,7 +216,7 @@ def test_the_span_term_is_never_negative_and_leaves_cross_entropy_alone() -> Non
     words = span_labels([[3, 4, 3, 3], [5], [6, 6]], 0.9, 4)
     masses = [mux([3, 4, 3, 3], 0.9), {5: 1.0}, {6: 1.0}]
     expected = [-sum(m * torch.tensor(float(m)).log().item() for m in word.values()) for word in masses]
-    assert merged_entropy(words).tolist() == pytest.approx(expected, abs=1e-6)
+    assert entropy(words).tolist() == pytest.approx(expected, abs=1e-6)
     model = stage1_model(DEFAULTS, tied=True)
     rows = rows_of(EXAMPLES, 2)
     plain = model(**stage1_batch(rows, model.spec, loss_reduction="token"))
