@@ -13,6 +13,7 @@ K = 1 with alpha = 1 is cross-entropy; the KL is `nll` minus the teacher's entro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -171,7 +172,7 @@ def mapped_nll(
     inputs = (hidden, ids, alpha, weights)
     if len(hidden) <= chunk:
         return part(*inputs)
-    pieces = zip(*(x.split(chunk) for x in inputs), strict=True)
+    pieces = zip(*(x.split(_balanced(len(hidden), chunk)) for x in inputs), strict=True)
     return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
 
 
@@ -179,6 +180,11 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Return how many rows of float32 logits make a chunk on this device, at least 1."""
     size = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_ACCELERATOR
     return max(1, size // (4 * vocab_size))
+
+
+def _balanced(num: int, chunk: int) -> int:
+    # as many chunks, of equal size: one of few rows passes over the whole weight and its gradient all the same
+    return max(1, math.ceil(num / max(1, math.ceil(num / chunk))))
 
 
 class _LinearNLL(torch.autograd.Function):
@@ -232,6 +238,7 @@ def _walk(
     """Return the sum and the wanted gradients of hidden states, weight and bias; products run in `low`."""
     exact = _precise(low)
     num, vocab = len(hidden), len(head.weight)
+    chunk = _balanced(num, chunk)
     total = hidden.new_zeros((), dtype=exact)
     shapes = (hidden.shape, head.weight.shape, (vocab,))
     gradients = [hidden.new_zeros(s, dtype=exact) if want else None for s, want in zip(shapes, wanted, strict=True)]

@@ -402,10 +402,13 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_a_chunk() -> None:
-    """64 rows of 300 logits in chunks of 16: nothing has more than 16 x 300 elements, forward and backward."""
+    """64 rows of 300 logits in chunks of 16: nothing has more than 16 x 300 elements, forward and backward.
+
+    With room for 48 there are two chunks too, of 32 rows each and not of 48 and 16.
+    """
     hidden, head, ids, alpha, weights = problem(14, 64, vocab=300)
     largest = {}
-    for name, chunk in (("all", 64), ("chunks", 16)):
+    for name, chunk in (("all", 64), ("chunks", 16), ("balanced", 48)):
         for kind in ("linear", "mapped"):
             with Largest() as seen:
                 if kind == "linear":
@@ -415,6 +418,7 @@ def test_no_tensor_is_larger_than_a_chunk() -> None:
             largest[name, kind] = seen.elements
     assert largest["all", "linear"] == largest["all", "mapped"] == 64 * 300
     assert largest["chunks", "linear"] == largest["chunks", "mapped"] == 16 * 300
+    assert largest["balanced", "linear"] == largest["balanced", "mapped"] == 32 * 300
 
 
 def test_chunks_fit_their_size() -> None:
