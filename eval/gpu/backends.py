@@ -27,6 +27,7 @@ from models.families import FAMILIES, SIZES
 # heads of 32: FlexAttention takes none below 16
 SIZE = Size(hidden=128, layers=2, heads=4, intermediate=192, vocab=512)
 EXACT = {"cpu": 1e-5, "cuda": 1e-4}
+WITHOUT_FLEX = ("gpt2",)  # in transformers
 # gradients in bf16 differ from those in float32 by rounding: by at most so many times what the reference's do
 TIMES = 2.0
 
@@ -50,6 +51,8 @@ def _family(settings: Settings, family: str) -> Result:
     exact, plain = losses("dense", None), losses("dense", torch.bfloat16)
     result: Result = {"same": True, "bf16 dense": distance(plain, exact)["gradient"]}
     for backend in backends:
+        if backend == "flex" and family in WITHOUT_FLEX:
+            continue
         error, low = distance(losses(backend, None), exact), distance(losses(backend, torch.bfloat16), exact)
         result |= {f"fp32 {backend}": max(error.values()), f"bf16 {backend}": low["gradient"]}
         fits = max(error.values()) <= EXACT[device] and low["gradient"] <= TIMES * result["bf16 dense"]

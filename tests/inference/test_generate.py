@@ -325,16 +325,18 @@ def test_progress_and_no_problems():
     assert generate(model, SPEC, [], thinker="latent") == []
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_the_model_is_left_as_it_was(implementation):
+    """The first takes no mask, the second compiles for every shape: another one stands in for the call."""
     model = model_of("llama").train()
-    model.config._attn_implementation = "flash_attention_2"  # takes no mask: another one stands in for the call
+    model.config._attn_implementation = implementation
     found = generate(model, SPEC, PROMPTS, thinker="latent")
-    assert model.training and model.config._attn_implementation == "flash_attention_2"
+    assert model.training and model.config._attn_implementation == implementation
     again = generate(model_of("llama"), SPEC, PROMPTS, thinker="latent")
     assert all(same(a, b) for a, b in zip(found, again, strict=True))
     with pytest.raises(ValueError, match="prompt: got the token id 40, expected ids below 40"):
         generate(model, SPEC, [[40, 2]], thinker="latent")
-    assert model.training and model.config._attn_implementation == "flash_attention_2"
+    assert model.training and model.config._attn_implementation == implementation
 
 
 def test_layers_of_unknown_kinds_are_refused():
