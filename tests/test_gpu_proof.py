@@ -116,7 +116,7 @@ def test_a_stage_that_reads_its_loss_is_noticed(settings: Settings, monkeypatch:
 
 
 def test_no_stage_and_no_thinker_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every stage trains and decodes on the CPU, and again on a fake GPU; then the command goes on, and shows tables."""
+    """Every stage trains and decodes on the CPU, and then on a fake GPU; the command goes on, and shows tables."""
     command = ["--device", "cpu", "--tiny", "--part", "sync", "--out", str(tmp_path)]
     assert main(command) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "sync.json").read_text())
