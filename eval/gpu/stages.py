@@ -17,6 +17,7 @@ from latent_sft.config.schema import LaunchConfig
 from latent_sft.experiment.stores import make_labels
 from latent_sft.launcher import build_command
 from latent_sft.methods import SECTIONS, STAGES
+from latent_sft.runs import write_atomically
 
 # whole, SIM-CoT's decoder would have to be float32
 ADAPTERS = ["model.dtype=bfloat16", "model.lora.rank=4", "sim_cot.decoder=lora"]
@@ -62,14 +63,14 @@ def _zero(settings: Settings, level: int) -> Result:
     stages = SHARDED[:1] if settings.tiny else SHARDED
     folder = settings.out / "zero" / str(level)
     overrides = [*SHORT, *LOGGED, *UNION, "model.dtype=bfloat16", "model.lora.rank=4", f"run_dir={folder}"]
-    config = load_config(None, overrides)
+    config, empty = load_config(None, overrides), settings.out / "zero.yaml"
+    write_atomically(empty, "{}\n")
     for stage in stages:
         if stage == "stage2":
             make_labels(config)
         launch = LaunchConfig(zero=level)
         more = [f"launch.zero={level}", "launch.nproc=1"] if level else []
-        command = build_command(stage, settings.out / "zero.yaml", [*overrides, *more], launch)
-        (settings.out / "zero.yaml").write_text("{}\n")
+        command = build_command(stage, empty, [*overrides, *more], launch)
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -147,7 +147,7 @@ def test_softcapping_takes_both_kinds_of_mask(form: str) -> None:
 
 @pytest.mark.parametrize(("device", "heads"), [("cpu", 2), ("meta", 4)])
 def test_heads_are_shared_where_a_fused_kernel_can(monkeypatch: pytest.MonkeyPatch, device: str, heads: int) -> None:
-    """Beside a mask that is on a CPU only: elsewhere every query head gets its key head, in the order of SDPA."""
+    """Beside a mask that is on a CPU only: elsewhere every query head gets a key head of its own."""
     given: list[tuple[Tensor, bool]] = []
     right = attention.scaled_dot_product_attention
 
