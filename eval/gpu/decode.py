@@ -28,6 +28,7 @@ def cases(settings: Settings) -> Sequence[Case]:
 
 def _case(settings: Settings, batch: int) -> Result:
     length, tokens = (5, 8) if settings.tiny else (64, 128)
+    torch._dynamo.reset()
     lm = _model(settings)
     vocab = lm.config.vocab_size
     draw = random.Random(0)

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from models.families import FAMILIES, build
+from torch._dynamo.utils import counters
 
 from latent_sft.errors import ConfigError
 from latent_sft.inference import slots as engine
@@ -182,6 +183,19 @@ def test_the_compiled_step_is_one_graph_for_all_steps(monkeypatch):
         found = generate(model, SPEC, PROMPTS, thinker="latent", batch_size=3, compile=True)
     assert_slow(model, SPEC, PROMPTS, found, "latent")
     assert modes == ["reduce-overhead"]
+    torch._dynamo.reset()
+
+
+def test_every_number_of_slots_is_compiled(monkeypatch):
+    inner = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: inner(function, backend="eager", dynamic=False))
+    torch._dynamo.reset()
+    counters.clear()
+    model = model_of("llama")
+    with torch._dynamo.config.patch(cache_size_limit=1):  # torch's own limit is 8
+        for size in (2, 3):
+            generate(model, SPEC, PROMPTS, thinker="latent", batch_size=size, compile=True)
+    assert counters["frames"]["ok"] == 2
     torch._dynamo.reset()
 
 
