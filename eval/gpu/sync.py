@@ -38,7 +38,7 @@ from latent_sft.train.run import train_stage
 SHORT = [
     *("data.synthetic.num_train=64", "data.synthetic.num_validation=8", "data.synthetic.num_test=8"),
     *(f"model.tiny.{size}" for size in ("hidden_size=32", "intermediate_size=64", "num_layers=2", "num_heads=2")),
-    *("model.tiny.num_kv_heads=2", "latent.top_k=5", "latent.max_latents=8", "latent.max_answer_tokens=4"),
+    *("model.tiny.num_kv_heads=1", "latent.top_k=5", "latent.max_latents=8", "latent.max_answer_tokens=4"),
     *("latent.noise_scale=0.5", "eval.max_cot_tokens=8"),
     *(f"{s}.{setting}" for s in SECTIONS.values() for setting in ("max_steps=2", "eval_every=2", "eval_examples=1")),
     *(f"{s}.{setting}" for s in SECTIONS.values() for setting in ("micro_batch_size=8", "log_every=2")),
