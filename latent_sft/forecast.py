@@ -122,7 +122,7 @@ def forecast(
         if not config.stage(stage).enabled:
             continue
         load = load_of(stage, plan_setup(config, stage, examples), examples)
-        needs = [_need(config, stage, level, gpus, backbone, examples, load) for level in levels]
+        needs = [need_of(config, stage, level, gpus, backbone, examples, load) for level in levels]
         fits = [need.level for need in needs if need.total <= USABLE * gpu_memory * GIB]
         fitting = [level for level in fitting if level in fits]
         train = config.stage(stage).shared(STAGES[stage].section, gpus)
@@ -282,9 +282,10 @@ def _hf_config(config: Config, vocab_size: int) -> Any:
         ) from error
 
 
-def _need(
+def need_of(
     config: Config, stage: str, level: Level, gpus: int, backbone: Backbone, examples: Examples, load: Load
 ) -> Need:
+    """Return what a stage needs at a level; `load` is what `load_of` returns."""
     # what is trained as a whole is float32 without ZeRO, which else keeps such copies itself
     config = replace(config, launch=LaunchConfig(zero=level.zero))
     spec, lora, item = examples.spec, config.model.lora, memory.itemsize(config.trained_model)

@@ -131,8 +131,8 @@ def _written(
     if noise is None:
         return None
     assert config.sampling is not None
-    # sorting the vocabulary costs more than this look; compiled code must not look
-    looks = not config.thinking.written and not config.compiled
+    # on a CPU sorting the vocabulary costs more than this look; a GPU would be waited for; compiled code must not look
+    looks = not config.thinking.written and not config.compiled and logits.device.type == "cpu"
     if looks and not (state.phase == answer_phase(config.thinking.spec)).any():
         return None
     return sample(logits, noise, config.sampling)

@@ -141,7 +141,8 @@ class Engine:
         self.model.eval()
         if thoughts is not None:
             thoughts.eval()
-        if "flash" in config._attn_implementation:  # columns that rows do not have in common need a mask
+        # columns that rows do not have in common need a mask; flex would compile for every new shape
+        if "flash" in config._attn_implementation or "flex" in config._attn_implementation:
             config._attn_implementation = "sdpa" if unwrap_peft(self.model)._supports_sdpa else "eager"
         return self
 

@@ -51,7 +51,8 @@ class Noise:
         if not self.tokens and not self.width:
             return None, None
         sizes = int(self.tokens), NOISE_DRAWS * self.width
-        drawn = torch.zeros(len(requests), sum(sizes))
+        # from pinned memory a copy is only queued, and the host does not wait for the device
+        drawn = torch.zeros(len(requests), sum(sizes), pin_memory=self._device.type == "cuda")
         for row, request in enumerate(requests):
             if request is not None:
                 generator = self._generators.get(request)
@@ -60,7 +61,7 @@ class Noise:
                     self._generators[request] = generator
                 drawn[row, : sizes[0]] = torch.rand(sizes[0], generator=generator)
                 drawn[row, sizes[0] :] = gumbel((sizes[1],), generator, torch.device("cpu"))
-        tokens, latents = drawn.to(self._device).split(sizes, dim=1)
+        tokens, latents = drawn.to(self._device, non_blocking=True).split(sizes, dim=1)
         noisy = latents.view(len(requests), -1, self.width).transpose(0, 1) if self.width else None
         return tokens[:, 0] if self.tokens else None, noisy
 

@@ -31,6 +31,8 @@ FIRST_COLUMNS = 64  # beyond the longest prompt; buffers grow by doubling, since
 ADMIT = 4
 # moving everything to the left pays where this many columns, and half as many as are in use, are empty for all rows
 WASTE = 32
+# numbers of slots and columns that a process compiles for; torch gives up after 8 and says so in its log only
+COMPILED = 64
 # steps between two looks at which rows have finished: a look makes the host wait for the device
 LOOK_EVERY = {"cpu": 1}
 LOOK_EVERY_ELSEWHERE = 4
@@ -108,7 +110,8 @@ class Slots:
         self.look_every = LOOK_EVERY.get(self.device.type, LOOK_EVERY_ELSEWHERE)
         self.advance: Callable[..., StepOutput] = advance
         if config.compiled:
-            self.advance = torch.compile(advance, mode="reduce-overhead", dynamic=False)
+            patched = torch._dynamo.config.patch(cache_size_limit=COMPILED)
+            self.advance = patched(torch.compile(advance, mode="reduce-overhead", dynamic=False))
 
     def live(self) -> list[int]:
         """Return the slots in work."""

@@ -165,7 +165,10 @@ def _attend(
     if softcap is None:
         options = {"is_causal": mask is None}
         if query.shape[1] != key.shape[1]:  # a branch: torch.compile has no plain bool of a symbolic comparison
-            options["enable_gqa"] = True
+            if mask is None or query.device.type == "cpu":
+                options["enable_gqa"] = True
+            else:  # with a mask no fused kernel of a GPU shares heads: all scores would be written down
+                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, **options)
     return softcapped(query, key, value, mask, scale, dropout, softcap)
 

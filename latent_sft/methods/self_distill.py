@@ -281,7 +281,7 @@ class SelfDistillModel(nn.Module):
             slots.append(kept.mask.sum())
         some = length > 0
         observed = {
-            "kv_short": ((length < count).sum(), torch.tensor(len(length), device=length.device)),
+            "kv_short": ((length < count).sum(), torch.full((), len(length), device=length.device)),
             "kv_kept": ((length.clamp(max=count) / length.clamp(min=1)).sum(), some.sum()),
             "kv_cosine": (torch.stack(alike).sum(), torch.stack(slots).sum()),
         }

@@ -108,7 +108,12 @@ def use_backend(model: nn.Module, backend: str) -> str:
             "only dense works."
         )
     if backend == "flex":
-        unwrap_peft(model).set_attn_implementation("flex_attention")
+        lm = unwrap_peft(model)
+        if not lm._supports_flex_attn:
+            raise ConfigError(
+                f"stage1.attention: {type(lm).__name__} has no FlexAttention; use auto, two_track or dense."
+            )
+        lm.set_attn_implementation("flex_attention")
     return "two_track" if backend == "auto" else backend
 
 

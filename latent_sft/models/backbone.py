@@ -5,10 +5,13 @@ Tables, embeddings and last hidden states; no family names. The head is in `head
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from latent_sft.errors import ConfigError
 from latent_sft.method.superposition import combine, mix
@@ -67,8 +70,20 @@ def hidden_states(
         attention: passed on to the attention function.
     """
     decoder = unwrap_peft(model).get_decoder()
-    out = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False, **attention)
+    with _one_sequence_per_row():
+        out = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False, **attention)
     return out.last_hidden_state
+
+
+@contextmanager
+def _one_sequence_per_row() -> Iterator[None]:
+    """Keep transformers from looking at positions for packed sequences: the host would wait for a GPU at every pass."""
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 def check_window(

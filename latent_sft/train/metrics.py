@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,27 @@ class Meter:
 
     def restart(self, step: int) -> None:
         """Begin anew at an optimizer step."""
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.slots = 0
         self.since, self.step = time.monotonic(), step
 
     def add(self, batch: dict[str, Tensor], losses: dict[str, Tensor], observed: Observed) -> None:
-        """Add a micro-batch. Sums stay tensors: reading them here would stop the device at every step."""
+        """Add a micro-batch. Sums stay on the device, whose host would wait to read one or to send a number there.
+
+        They are added up as one tensor of each type: a step has dozens, and a GPU is slow to begin anything.
+        """
         kind = batch["kind"]
-        sums = {**losses, "tokens": (kind > 0).sum(), "slots": torch.tensor(kind.numel())}
+        self.slots += kind.numel()
+        sums = {**losses, "tokens": (kind > 0).sum()}
         flops = None if self.peak is None else step_flops(self.model, batch)
         if flops is not None:
             sums["flops"] = flops
         for name, (total, count) in observed.items():
             sums[f"sum_{name}"], sums[f"count_{name}"] = total, count
-        for name, value in sums.items():
-            value = value.detach().double().to(kind.device)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for dtype in dict.fromkeys(value.dtype for value in sums.values()):
+            names = tuple(name for name, value in sums.items() if value.dtype == dtype)
+            total = torch.stack([sums[name].detach() for name in names]).double()
+            self.sums[names] = self.sums[names] + total if names in self.sums else total
 
     def read(self, step: int, warm: bool) -> Metrics:
         """Return what was added since the last time, over all processes, and restart.
@@ -86,7 +93,11 @@ class Meter:
         Raises:
             TrainingError: the loss is no finite number.
         """
-        sums = dict(zip(self.sums, reduce(torch.stack([*self.sums.values()]), "sum").tolist(), strict=True))
+        every = torch.cat([*self.sums.values()])
+        totals = reduce(torch.cat([every, every.new_tensor([self.slots])]), "sum").tolist()
+        sums: dict[str, float] = {}
+        for name, value in zip([*chain(*self.sums), "slots"], totals, strict=True):
+            sums[name] = sums.get(name, 0.0) + value
         seconds = max(time.monotonic() - self.since, 1e-9)
         logs = {name: value / (step - self.step) for name, value in sums.items() if name.startswith("loss")}
         for name in sums:

@@ -84,7 +84,7 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         model = stage.model(setup)
     zero.one_dtype(model, deepspeed)
     if train.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     rows = as_rows(work.data["validation"], train.eval_examples)
     if stage.thinker(model).oracle is not None:
         rows = [r for r in rows if r["cot"]]
@@ -190,7 +190,8 @@ def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> Step
     return sampler
 
 
-def _checkpoint_activations(model: torch.nn.Module) -> None:
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Let the language models of a stage keep the inputs of their layers only."""
     for name in ("lm", "encoder", "decoder"):
         if hasattr(model, name):
             lm = unwrap_peft(getattr(model, name))

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from models.families import FAMILIES, build
+from torch._dynamo.utils import counters
 
 from latent_sft.errors import ConfigError
 from latent_sft.inference import slots as engine
@@ -185,6 +186,19 @@ def test_the_compiled_step_is_one_graph_for_all_steps(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_every_number_of_slots_is_compiled(monkeypatch):
+    inner = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: inner(function, backend="eager", dynamic=False))
+    torch._dynamo.reset()
+    counters.clear()
+    model = model_of("llama")
+    with torch._dynamo.config.patch(cache_size_limit=1):  # torch's own limit is 8
+        for size in (2, 3):
+            generate(model, SPEC, PROMPTS, thinker="latent", batch_size=size, compile=True)
+    assert counters["frames"]["ok"] == 2
+    torch._dynamo.reset()
+
+
 def test_buffers_do_not_grow_with_the_number_of_problems(monkeypatch):
     sizes, inner = {}, SlotCache.update
 
@@ -325,16 +339,18 @@ def test_progress_and_no_problems():
     assert generate(model, SPEC, [], thinker="latent") == []
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_the_model_is_left_as_it_was(implementation):
+    """The first takes no mask, the second compiles for every shape: another one stands in for the call."""
     model = model_of("llama").train()
-    model.config._attn_implementation = "flash_attention_2"  # takes no mask: another one stands in for the call
+    model.config._attn_implementation = implementation
     found = generate(model, SPEC, PROMPTS, thinker="latent")
-    assert model.training and model.config._attn_implementation == "flash_attention_2"
+    assert model.training and model.config._attn_implementation == implementation
     again = generate(model_of("llama"), SPEC, PROMPTS, thinker="latent")
     assert all(same(a, b) for a, b in zip(found, again, strict=True))
     with pytest.raises(ValueError, match="prompt: got the token id 40, expected ids below 40"):
         generate(model, SPEC, [[40, 2]], thinker="latent")
-    assert model.training and model.config._attn_implementation == "flash_attention_2"
+    assert model.training and model.config._attn_implementation == implementation
 
 
 def test_layers_of_unknown_kinds_are_refused():

@@ -143,3 +143,21 @@ def test_softcapping_takes_both_kinds_of_mask(form: str) -> None:
     mask = keep if form == "boolean" else torch.zeros(2, 1, 5, 5, dtype=q.dtype).masked_fill(~keep, -1e30)
     assert torch.allclose(softcapped(q, k, v, mask, None, 0.0, 2.0), by_softmax(q, k, v, keep, 2.0), atol=1e-6)
     assert torch.allclose(softcapped(q, k, v, None, None, 0.0, 2.0), by_softmax(q, k, v, keep, 2.0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "heads"), [("cpu", 2), ("meta", 4)])
+def test_heads_are_shared_where_a_fused_kernel_can(monkeypatch: pytest.MonkeyPatch, device: str, heads: int) -> None:
+    """Beside a mask that is on a CPU only: elsewhere every query head gets a key head of its own."""
+    given: list[tuple[Tensor, bool]] = []
+    right = attention.scaled_dot_product_attention
+
+    def seen(query: Tensor, key: Tensor, *others: Tensor, **options: object) -> Tensor:
+        given.append((key, options.get("enable_gqa", False)))
+        return right(query, key, *others, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", seen)
+    query, key = torch.randn(1, 4, 3, 8, device=device), torch.randn(1, 2, 3, 8, device=device)
+    for mask in (None, torch.zeros(3, 3, device=device)):
+        out = attention._attend(query, key, key, mask, None, 0.0, None)
+        assert out.shape == query.shape
+    assert [(k.shape[1], shares) for k, shares in given] == [(2, True), (heads, heads == 2)]

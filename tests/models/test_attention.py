@@ -147,6 +147,10 @@ def test_backends_that_cannot_run_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="flex needs a CUDA device"):
             use_backend(build("llama"), "flex")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ConfigError, match="GPT2LMHeadModel has no FlexAttention; use auto, two_track or dense"):
+            use_backend(build("gpt2"), "flex")
     closed = build("llama")
     closed._supports_attention_backend = False
     assert use_backend(closed, "auto") == "dense"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from models.families import FAMILIES, build
+from transformers import masking_utils
 
 from latent_sft.data.collate import stage1_batch, stage2_batch
 from latent_sft.errors import ConfigError
+from latent_sft.method.masks import to_additive
 from latent_sft.method.types import LatentSpec, Superposition
-from latent_sft.models.backbone import check_window, input_table
+from latent_sft.models.backbone import check_window, hidden_states, input_table
 from latent_sft.models.head import check_head
 from latent_sft.models.load import add_lora, initial_marker, merged
 from latent_sft.models.logits import head
@@ -123,3 +125,13 @@ def test_soft_capping_and_scaling_are_part_of_the_head():
     logits = head(model)(torch.randn(3, 32) * 50)
     assert logits.abs().max() <= 5.0
     assert input_table(model).shape == (40, 32)
+
+
+def test_positions_with_a_gap_are_one_sequence() -> None:
+    """Without a mask transformers would take them for two packed sequences, which do not see each other."""
+    lm, looks = build("llama"), masking_utils.find_packed_sequence_indices
+    embeds = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    position = torch.tensor([[0, 1, 5, 6]])
+    causal = to_additive(torch.ones(4, 4, dtype=torch.bool).tril()[None, None], embeds.dtype)
+    torch.testing.assert_close(hidden_states(lm, embeds, position), hidden_states(lm, embeds, position, causal))
+    assert masking_utils.find_packed_sequence_indices is looks

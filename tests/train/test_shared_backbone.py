@@ -14,7 +14,7 @@ from latent_sft.errors import ArtefactError
 from latent_sft.experiment.workspace import Workspace
 from latent_sft.methods.latent_sft import load_stage1, phase_start, shared_start
 from latent_sft.models.load import add_lora
-from latent_sft.train.run import _checkpoint_activations, train_stage
+from latent_sft.train.run import checkpoint_activations, train_stage
 
 SHARED = ("model.lora.rank=2", "model.lora.alpha=4", "stage1.share_backbone=true")
 
@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_those_of_two_models(tiny_config, tie, checkpoi
     gradients = []
     for model in both(work):
         if checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         loss = model.train()(**batch).loss_sums["ce"]
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
