@@ -136,6 +136,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     plan.add_argument("--tokens-per-second", type=float, metavar="X", help="of the whole job; as measured in this run")
     plan.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not here")
     plan.add_argument("--example-tokens", type=_tokens, metavar="P,C,A", help="prompt, CoT, answer of such a row")
+    data = experiment(verb("data", _data, "what was read, and training rows as every stage will see them"))
+    data.add_argument("--rows", type=int, default=5, metavar="N", help="training rows to show (5)")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
     shown = experiment(verb("config", _config, "the resolved configuration as YAML"))
     shown.add_argument("--directory", action="store_true", help="the run directory alone")
     shown.add_argument("--schema", action=_Schema, nargs=0, help="a JSON schema of such files, for editors; no CONFIG")
@@ -322,6 +325,14 @@ def _plan(args: argparse.Namespace) -> None:
             example_tokens=args.example_tokens,
         )
         print(table, end="")
+
+
+def _data(args: argparse.Namespace) -> None:
+    config = _load_one(args)
+    from latent_sft.preview import as_text, preview
+
+    found = preview(config, args.rows)
+    print(json.dumps(found, ensure_ascii=False) if args.json else as_text(found))
 
 
 def _config(args: argparse.Namespace) -> None:

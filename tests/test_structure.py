@@ -43,6 +43,7 @@ LAYERS = {
     "experiment.stores": 10,
     "train": 11,
     "forecast": 12,
+    "preview": 13,
     "evaluation": 12,
     "export": 12,
     "experiment.graph": 13,

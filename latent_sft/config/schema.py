@@ -131,7 +131,9 @@ class DataConfig:
     """Empty: `validation_size` rows are split off train, seeded by `split_seed`; never taken from test."""
     test: str = "synthetic"
     """Empty: no test set."""
-    format: str = "records"
+    format: Literal["auto", "records", "messages", "prompt", "openr1", "numina", "s1k", "gsm8k", "lines", "steps"] = (
+        "records"
+    )
     """auto: by the fields of the first row. records: one JSON object a row, see `fields`; messages: chat rows; prompt:
     prompt/completion; openr1, numina, s1k: rows of these public sets; gsm8k: raw question/answer with ####; lines:
     problem||steps #### answer lines; steps: JSON list with question/steps/answer (docs/data.md has a row of each)."""
@@ -175,10 +177,14 @@ class DataConfig:
         names = [f.name for f in fields(FieldsConfig)]
         for split in ("validation", "test"):
             form, other = f"{split}_format", f"{split}_fields"
-            need(getattr(self, form) in ("", *FORMATS), f"data.{form}", getattr(self, form), f"empty, {', '.join(FORMATS)}")
+            need(
+                getattr(self, form) in ("", *FORMATS),
+                f"data.{form}",
+                getattr(self, form),
+                f"empty, {', '.join(FORMATS)}",
+            )
             need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
-        need(self.format in FORMATS, "data.format", self.format, ", ".join(FORMATS))
         need(all(self.think_tags), "data.think_tags", self.think_tags, "two texts, such as [<think>, </think>]")
         if isinstance(self.train, list | tuple):
             object.__setattr__(self, "train", tuple(map(_source, self.train)))

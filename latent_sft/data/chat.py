@@ -98,9 +98,7 @@ def s1k(value: Any, row_format: RowFormat, default_id: str) -> Record:
     return _record(row, text_of(row, "question"), thought, attempt, row_format, default_id)
 
 
-def _conversation(
-    row: dict[str, Any], field: str, turns: list[Turn], row_format: RowFormat, default_id: str
-) -> Record:
+def _conversation(row: dict[str, Any], field: str, turns: list[Turn], row_format: RowFormat, default_id: str) -> Record:
     *asked, last = turns
     thought, written = "", None
     if last.role == "assistant":

@@ -50,7 +50,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowFormat:
-    """How rows are read.
+    r"""How rows are read.
 
     Attributes:
         name: a format of `data.detect`, or `auto`.
@@ -59,7 +59,7 @@ class RowFormat:
         need_cot: an empty or unusable chain of thought is an error; evaluation needs problem and answer only.
         step_separator: where a chain of thought is cut into steps, if the row does not list them.
         think_tags: what stands around the thought in the text of a reasoning model.
-        boxed: of the text behind the thought the model writes only what is in its last `\\boxed{}`.
+        boxed: of the text behind the thought the model writes only what is in its last `\boxed{}`.
     """
 
     name: str
