@@ -49,7 +49,8 @@ LAYERS = {
     "experiment.graph": 13,
     "experiment.run": 14,
     "experiment.compare": 14,
-    "cli": 15,
+    "data_verbs": 15,
+    "cli": 16,
 }
 # These two may only fall. Raising one needs a decision record in docs/decisions/ that says what the lines buy.
 # Raised by decision 19 (it was 11,610 in 111 files).
@@ -123,7 +124,7 @@ def test_only_the_loader_knows_omegaconf() -> None:
 def test_only_the_command_line_prints() -> None:
     wrong = [
         f"{path}:{call.lineno}"
-        for path in set(FILES) - {PACKAGE / "cli.py"}
+        for path in set(FILES) - {PACKAGE / "cli.py", PACKAGE / "data_verbs.py"}
         for call in calls(path)
         if isinstance(call.func, ast.Name) and call.func.id == "print"
     ]
