@@ -35,6 +35,7 @@ def add(verb: Verb, experiment: Callable[[argparse.ArgumentParser], argparse.Arg
     sample.add_argument("--n", type=int, default=8, metavar="N", help="answers to each problem (8)")
     sample.add_argument("--keep", choices=("shortest", "first", "all"), default="shortest", help="which right ones")
     sample.add_argument("--max-tokens", type=int, default=0, metavar="N", help="keep no longer chains; no limit")
+    sample.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N problems; all")
     sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to write")
 
 
@@ -88,6 +89,6 @@ def _sample(args: argparse.Namespace) -> None:
     work = None if checkpoint else sample.Workspace(config)
     found = sample.of_checkpoint(args.config, args.out) if work is None else sample.of_run(config, args.model, work)
     splits = sample.problems_of(config, args.data) if args.data or work is None else work.splits
-    how = {"count": args.n, "keep": args.keep, "longest": args.max_tokens, "settings": config.eval}
+    how = {"count": args.n, "keep": args.keep, "longest": args.max_tokens, "limit": args.limit, "settings": config.eval}
     summary = sample.sample(found, splits, "test" if args.data else args.split or "train", args.out, **how)
     print(sample.as_text(summary, args.out))

@@ -108,6 +108,7 @@ def sample(
     keep: Keep,
     longest: int,
     settings: EvalConfig,
+    limit: int = 0,
 ) -> dict[str, Any]:
     """Answer every problem of a split and write the rows that are kept; goes on where an earlier call was stopped.
 
@@ -120,6 +121,7 @@ def sample(
         keep: which of a problem's right chains: the shortest one in tokens, the first one, or all different ones.
         longest: tokens of a chain that may be kept; 0 does not limit them.
         settings: how answers are sampled and graded, chains ended, and rows batched.
+        limit: only so many problems, the first ones; a later call with more goes on. 0 takes all.
 
     Returns:
         `problems`, `solved`, `rows`, `accuracy` of all samples, mean `tokens` of right and of kept chains.
@@ -141,19 +143,26 @@ def sample(
     if out.exists() and step.manifest() is None:
         raise ArtefactError(f"{out}: exists, and was not made by this command; give another --out, or delete it.")
     with exclusive(step.directory):
-        if step.is_finished() and out.exists():
-            log.info("%s: finished already, skipped", out)
-            return step.results()["summary"]
-        records: list[Record] = getattr(splits, split)
+        finished = step.is_finished() and out.exists()
+        records: list[Record] = getattr(splits, split)[: limit or None]
         if not records:
             raise DataError(f"--split: there are no {split} problems; expected some to answer.")
+        if finished and step.results()["summary"]["problems"] == len(records):
+            log.info("%s: finished already, skipped", out)
+            return step.results()["summary"]
         step.begin(settings.seed)
         found = _journal(step.directory / JOURNAL)
         rest = [record for record in records if record.id not in found]
         if found:
-            log.info("%s: goes on with %d of %d problems", out, len(rest), len(records))
+            log.info("%s: goes on, %d of %d problems are left", out, len(rest), len(records))
         with open(step.directory / JOURNAL, "a", encoding="utf-8") as journal:
-            bar = tqdm(total=len(records), initial=len(found), desc=f"sample {split}", unit="problem", disable=None)
+            bar = tqdm(
+                total=len(records),
+                initial=len(records) - len(rest),
+                desc=f"sample {split}",
+                unit="problem",
+                disable=None,
+            )
             with bar:
                 for record, samples in _answered(sampler, rest, count, settings):
                     found[record.id] = _graded(sampler, record, samples, keep, longest, settings)
