@@ -16,13 +16,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from latent_sft import __version__
+from latent_sft import __version__, data_verbs
+from latent_sft.data_verbs import load as _load
+from latent_sft.data_verbs import load_one as _load_one
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError, did_you_mean
-
-if TYPE_CHECKING:
-    from latent_sft.config.experiment import Config
 
 OK, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -136,6 +134,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     plan.add_argument("--tokens-per-second", type=float, metavar="X", help="of the whole job; as measured in this run")
     plan.add_argument("--rows", type=int, metavar="N", help="training rows, where the data is not here")
     plan.add_argument("--example-tokens", type=_tokens, metavar="P,C,A", help="prompt, CoT, answer of such a row")
+    data_verbs.add(verb, experiment)
     shown = experiment(verb("config", _config, "the resolved configuration as YAML"))
     shown.add_argument("--directory", action="store_true", help="the run directory alone")
     shown.add_argument("--schema", action=_Schema, nargs=0, help="a JSON schema of such files, for editors; no CONFIG")
@@ -165,24 +164,6 @@ def _tokens(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected three numbers such as 120,60,5") from None
     return prompt, cot, answer
-
-
-def _load(args: argparse.Namespace) -> Config:
-    from latent_sft.config.load import load_config
-    from latent_sft.config.presets import resolve_config
-
-    args.config = resolve_config(args.config)
-    return load_config(args.config, args.overrides)
-
-
-def _load_one(args: argparse.Namespace) -> Config:
-    config = _load(args)
-    if config.compare.variants:
-        raise ConfigError(
-            f"{args.verb}: {args.config} is a comparison (compare.variants), expected one experiment. Its runs have "
-            f"files of their own once begun: {config.directory}/VARIANT/seed-N/config.yaml."
-        )
-    return config
 
 
 def _run(args: argparse.Namespace) -> None:

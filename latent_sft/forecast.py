@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from latent_sft import memory
 from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LaunchConfig
 from latent_sft.config.training import TrainConfig
 from latent_sft.data.prompts import build_spec, fix_date, tokenize_record
-from latent_sft.data.records import load_splits
+from latent_sft.data.records import Splits, load_splits
 from latent_sft.errors import ConfigError, LatentSFTError
 from latent_sft.memory import GIB, LEVELS, Backbone, Level, Shape
 from latent_sft.method.layout import Kind, fixed_segments
@@ -248,24 +248,32 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
 
 def read_examples(config: Config) -> Examples:
     """Tokenise a sample of the training set, and its longest rows by characters."""
-    model = config.model
     try:
-        train = load_splits(config.data).train
-        if model.name_or_path:
-            vocab_size = _hf_config(config, 0).get_text_config().vocab_size
-            tokenizer = load_tokenizer(model.name_or_path, model)
-            fix_date(tokenizer, config.prompt.date)
-        else:
-            texts = (text for r in train for text in (r.problem, r.cot, r.cot_answer))
-            tokenizer = build_tokenizer(texts, model.tiny, config.prompt)
-            vocab_size = len(tokenizer)
-        spec = build_spec(tokenizer, config.prompt, config.latent, vocab_size)
+        splits = load_splits(config.data)
+        train = splits.train
+        tokenizer, spec, _ = tokenizer_of(config, splits)
         chosen = random.Random(0).sample(train, min(SAMPLE, len(train)))
         longest = sorted(train, key=lambda r: len(r.problem) + len(r.cot) + len(r.answer))[-SAMPLE:]
         sample, long = ([tokenize_record(tokenizer, spec, r) for r in part] for part in (chosen, longest))
     except LatentSFTError as error:
         raise type(error)(f"{error} {WITHOUT_DATA}") from error
-    return Examples(len(train), sample, sorted(long, key=lambda row: -row["length"]), spec)
+    shown = round(sum(splits.weights[record.source] for record in train))
+    return Examples(shown, sample, sorted(long, key=lambda row: -row["length"]), spec)
+
+
+def tokenizer_of(config: Config, splits: Splits) -> tuple[PreTrainedTokenizerBase, LatentSpec, int | None]:
+    """Return tokenizer, spec and most positions of an experiment's model, without any weights."""
+    model = config.model
+    if model.name_or_path:
+        sizes = _hf_config(config, 0).get_text_config()
+        vocab_size, positions = sizes.vocab_size, getattr(sizes, "max_position_embeddings", None)
+        tokenizer = load_tokenizer(model.name_or_path, model)
+        fix_date(tokenizer, config.prompt.date)
+    else:
+        texts = (text for r in splits.train for text in (r.problem, r.cot, r.cot_answer))
+        tokenizer = build_tokenizer(itertools.chain(texts, splits.words), model.tiny, config.prompt)
+        vocab_size, positions = len(tokenizer), model.tiny.max_positions
+    return tokenizer, build_spec(tokenizer, config.prompt, config.latent, vocab_size), positions
 
 
 def _hf_config(config: Config, vocab_size: int) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.schema import SourceConfig
 from latent_sft.methods import METHODS
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -91,6 +92,8 @@ def json_schema() -> dict[str, Any]:
                 if name in sections:
                     kinds[name]["description"] = sections[name].doc
             return {"$ref": f"#/$defs/{name}"}
+        if kind is Any:  # a source of training rows, or several
+            return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [of(str), of(SourceConfig)]}}]}
         inner, origin = get_args(kind), get_origin(kind)
         if origin is Literal:
             return {"enum": list(inner)}

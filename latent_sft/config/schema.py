@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
 from latent_sft.config.training import TrainDefaults, need
 
+FORMATS = ("auto", "records", "messages", "prompt", "openr1", "numina", "s1k", "gsm8k", "lines", "steps")
 INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
 
@@ -99,18 +100,43 @@ class ShortenConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources of training rows, an entry of the list `data.train`."""
+
+    path: str
+    weight: float = 1.0
+    """How often an epoch shows each of its rows; of 0.5 one epoch shows half of the rows, the next one the others."""
+    format: str = ""
+    """Empty: as `data.format`."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Those names of `data.fields` that differ in it."""
+
+    def __post_init__(self) -> None:
+        need(self.path not in ("", "synthetic"), "data.train", self.path, "a path or hub:NAME:SPLIT in every entry")
+        need(self.weight > 0, f"data.train: weight of {self.path}", self.weight, "a number > 0")
+        need(self.format in ("", *FORMATS), f"data.train: format of {self.path}", self.format, ", ".join(FORMATS))
+        names = [f.name for f in fields(FieldsConfig)]
+        need(self.fields.keys() <= {*names}, f"data.train: fields of {self.path}", self.fields, f"any of {names}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where problems come from. A source is a path (JSONL, JSONL.gz, JSON, Parquet, TXT), `synthetic`, or a
     `datasets` name written `hub:NAME[:CONFIG]:SPLIT`."""
 
-    train: str = "synthetic"
+    train: Any = "synthetic"
+    """A source, or a list of them: `[a.jsonl, b.jsonl]`, or with weights and formats of their own
+    `[{path: a.jsonl, weight: 2}, {path: b.jsonl, format: gsm8k}]` (docs/data.md)."""
     validation: str = ""
     """Empty: `validation_size` rows are split off train, seeded by `split_seed`; never taken from test."""
     test: str = "synthetic"
     """Empty: no test set."""
-    format: Literal["records", "gsm8k", "lines", "steps"] = "records"
-    """records: one JSON object a row, see `fields`; gsm8k: raw question/answer with ####; lines: problem||steps ####
-    answer lines; steps: JSON list with question/steps/answer."""
+    format: Literal["auto", "records", "messages", "prompt", "openr1", "numina", "s1k", "gsm8k", "lines", "steps"] = (
+        "records"
+    )
+    """auto: by the fields of the first row. records: one JSON object a row, see `fields`; messages: chat rows; prompt:
+    prompt/completion; openr1, numina, s1k: rows of these public sets; gsm8k: raw question/answer with ####; lines:
+    problem||steps #### answer lines; steps: JSON list with question/steps/answer (docs/data.md has a row of each)."""
     validation_format: str = ""
     """Format of the validation source where it differs (empty: as `format`)."""
     test_format: str = ""
@@ -122,13 +148,19 @@ class DataConfig:
     """Those names of `fields` that differ in the test source."""
     cot_style: Literal["text", "equations"] = "text"
     """gsm8k format: `equations` keeps only the <<...>> steps (GSM8K-Aug style), `text` drops the annotations."""
+    think_tags: tuple[str, str] = ("<think>", "</think>")
+    """What stands around the thought in the texts of messages, prompt, openr1."""
+    answer_style: Literal["text", "boxed"] = "text"
+    """What the model writes behind its thought: `text` all that the row has there, `boxed` the content of its last
+    \\boxed{}, or where it has none the row's `answer`."""
     on_error: Literal["raise", "skip"] = "raise"
     """skip counts and lists the bad rows in `data/<split>/skipped.jsonl` of the run directory; evaluation shows the
     count beside the accuracy."""
     validation_size: int = 500
     split_seed: int = 0
     limit_train: int = 0
-    """Use only the first rows; 0 uses all. The rest of the file is not read, unless validation is split off it."""
+    """Use only the first rows (of each source); 0 uses all. The rest of the file is not read, unless validation is
+    split off it."""
     limit_validation: int = 0
     limit_test: int = 0
     step_separator: str = "\n"
@@ -145,14 +177,35 @@ class DataConfig:
         names = [f.name for f in fields(FieldsConfig)]
         for split in ("validation", "test"):
             form, other = f"{split}_format", f"{split}_fields"
-            known = getattr(self, form) in ("", "records", "gsm8k", "lines", "steps")
-            need(known, f"data.{form}", getattr(self, form), "empty, records, gsm8k, lines or steps")
+            need(
+                getattr(self, form) in ("", *FORMATS),
+                f"data.{form}",
+                getattr(self, form),
+                f"empty, {', '.join(FORMATS)}",
+            )
             need(getattr(self, other).keys() <= {*names}, f"data.{other}", getattr(self, other), f"any of {names}")
         need(self.validation_size >= 1, "data.validation_size", self.validation_size, "an integer >= 1")
-        need(bool(self.train), "data.train", self.train, "a path, `synthetic` or hub:NAME:SPLIT")
+        need(all(self.think_tags), "data.think_tags", self.think_tags, "two texts, such as [<think>, </think>]")
+        if isinstance(self.train, list | tuple):
+            object.__setattr__(self, "train", tuple(map(_source, self.train)))
+        one = "a path, `synthetic`, hub:NAME:SPLIT, or a list of sources"
+        need(isinstance(self.train, str | tuple) and bool(self.train), "data.train", self.train, one)
         need(bool(self.step_separator), "data.step_separator", self.step_separator, "a text such as a line break or ;")
         for key in ("limit_train", "limit_validation", "limit_test"):
             need(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "an integer >= 0 (0: all rows)")
+
+
+def _source(given: Any) -> SourceConfig:
+    if isinstance(given, SourceConfig | str):
+        return SourceConfig(path=given) if isinstance(given, str) else given
+    known = [f.name for f in fields(SourceConfig)]
+    fits = isinstance(given, dict) and "path" in given and given.keys() <= {*known}
+    need(fits, "data.train", given, f"a path, or an object with path and any of {', '.join(known[1:])}")
+    try:
+        weight = float(given.get("weight", 1.0))
+    except (TypeError, ValueError):
+        weight = 0.0
+    return SourceConfig(**{**given, "weight": weight, "fields": dict(given.get("fields") or {})})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from latent_sft.config.schema import DataConfig
 from latent_sft.data.formats import Record
 from latent_sft.data.prompts import tokenize_record
+from latent_sft.data.reading import as_table, what_was_read
 from latent_sft.data.records import Splits, normalised
 from latent_sft.errors import ArtefactError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.runs import file_sha256, fingerprint, read_json, write_atomically, write_json
 
 CACHE_FORMAT = 4
-META, SKIPPED = "meta.json", "skipped.jsonl"
+META, SKIPPED, READ = "meta.json", "skipped.jsonl", "read.txt"
 ROWS_PER_BATCH = 1000
 
 SCHEMA = pa.schema(
@@ -47,6 +48,8 @@ SCHEMA = pa.schema(
         "mixture_weights": pa.list_(pa.list_(pa.float32())),  # their masses, which sum to 1
     }
 )
+
+WEIGHT = pa.field("weight", pa.float32())  # of train, where its sources have weights: how often an epoch shows the row
 
 logger = logging.getLogger(__name__)
 
@@ -184,14 +187,20 @@ def _build(
     records: list[Record] = getattr(splits, split)
     unread, skipped = splits.skipped.get(split, []), list[dict[str, Any]]()
     bar = tqdm(records, desc=f"tokenising {split}", unit="row", disable=None)
-    num_rows = _write(path, _rows(bar, split, data, tokenizer, spec, max_positions, skipped))
+    weights = splits.weights if split == "train" and set(splits.weights) != {1.0} else None
+    num_rows = _write(path, _rows(bar, split, data, tokenizer, spec, max_positions, skipped, weights), weights)
     if not num_rows:
         path.unlink()
         raise DataError(f"{split}: all {len(records)} rows were skipped, the first: {skipped[0]['reason']}")
     counts = {"bad row": len(unread), "too long": len(skipped)}
     meta = {"key": key, "file": path.name, "sha256": file_sha256(path), "rows": num_rows}
-    write_json(folder / META, {**meta, "skipped": {reason: count for reason, count in counts.items() if count}})
     skipped = [*unread, *skipped]
+    found = what_was_read(splits.read.get(split, []), skipped)
+    counted = {reason: count for reason, count in counts.items() if count}
+    write_json(folder / META, {**meta, "skipped": counted, "read": found})
+    if found:
+        logger.info("%s: what was read\n%s", split, table := as_table(found))
+        write_atomically(folder / READ, table + "\n")
     if skipped or (folder / SKIPPED).exists():
         write_atomically(folder / SKIPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
@@ -216,6 +225,7 @@ def _rows(
     spec: LatentSpec,
     max_positions: int | None,
     skipped: list[dict[str, Any]],
+    weights: tuple[float, ...] | None,
 ) -> Iterator[dict[str, Any]]:
     def checked(record: Record) -> dict[str, Any]:
         row = tokenize_record(tokenizer, spec, record)
@@ -249,9 +259,9 @@ def _rows(
         except DataError as error:
             if data.on_error == "raise":
                 raise
-            skipped.append({"id": record.id, "reason": str(error)})
+            skipped.append({"id": record.id, "reason": str(error), "source": record.source})
             continue
-        yield row
+        yield row if weights is None else {**row, "weight": weights[record.source]}
     if without_cot:
         logger.info("%s: %d rows have no CoT that could be used; what needs one leaves them out", split, without_cot)
 
@@ -275,19 +285,19 @@ def _warn_of_overlap(problems: dict[str, Iterable[str]]) -> None:
         )
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+def _write(path: Path, rows: Iterator[dict[str, Any]], weights: tuple[float, ...] | None) -> int:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    num_rows, batch = 0, []
+    num_rows, batch, schema = 0, [], SCHEMA if weights is None else SCHEMA.append(WEIGHT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for row in rows:
                 batch.append(row)
                 if len(batch) == ROWS_PER_BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                     num_rows, batch = num_rows + len(batch), []
             if batch:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 num_rows += len(batch)
         os.replace(part, path)
     except OSError as error:

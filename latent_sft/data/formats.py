@@ -1,4 +1,7 @@
-"""What a record is, and how each public format spells one. Pure: a decoded row in, a Record or a DataError out."""
+"""What a record is, and how plain formats spell one. Pure: a decoded row in, a Record or a DataError out.
+
+Conversations and rows of reasoning models are in `data.chat`; which format a row has is in `data.detect`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ class Record:
         answer: reference answer for grading.
         steps: steps of the chain of thought, in the order they stand in `cot`.
         mixtures: of each latent step the masses of its tokens, by their texts; empty where the row has none.
+        turns: role and text of the turns before the answer, where they are more than one of the user; `problem` then
+            says the same as one text.
+        source: which of the sources of its split it came from, from 0.
     """
 
     id: str
@@ -38,18 +44,22 @@ class Record:
     answer: str
     steps: tuple[str, ...]
     mixtures: tuple[dict[str, float], ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    source: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowFormat:
-    """How rows are read.
+    r"""How rows are read.
 
     Attributes:
-        name: `records`, `gsm8k`, `lines` or `steps`.
-        fields: field names of the `records` format.
+        name: a format of `data.detect`, or `auto`.
+        fields: field names of the `records` format; other formats have `id` and `answer` from it, where a row has them.
         equations: of a `gsm8k` rationale keep only the `<<...>>` steps (GSM8K-Aug style).
         need_cot: an empty or unusable chain of thought is an error; evaluation needs problem and answer only.
         step_separator: where a chain of thought is cut into steps, if the row does not list them.
+        think_tags: what stands around the thought in the text of a reasoning model.
+        boxed: of the text behind the thought the model writes only what is in its last `\boxed{}`.
     """
 
     name: str
@@ -57,21 +67,8 @@ class RowFormat:
     equations: bool = False
     need_cot: bool = True
     step_separator: str = "\n"
-
-
-def parse_row(value: Any, row_format: RowFormat, *, default_id: str) -> Record:
-    """Return the record of a decoded row.
-
-    Args:
-        value: JSON value, or a line of text for the `lines` format.
-        row_format: how to read it.
-        default_id: id of a row that has none.
-
-    Raises:
-        DataError: `field 'x': what is wrong; expected y.`, without the place, which the caller knows.
-    """
-    parse = {"records": _records, "gsm8k": _gsm8k, "lines": _lines, "steps": _question_steps}[row_format.name]
-    return parse(value, row_format, default_id)
+    think_tags: tuple[str, str] = ("<think>", "</think>")
+    boxed: bool = False
 
 
 def split_steps(cot: str, separator: str = "\n") -> tuple[str, ...]:
@@ -113,16 +110,17 @@ def step_starts(cot: str, steps: Sequence[str]) -> list[int]:
     return starts
 
 
-def _records(value: Any, row_format: RowFormat, default_id: str) -> Record:
-    row, names = _object(value), row_format.fields
+def records(value: Any, row_format: RowFormat, default_id: str) -> Record:
+    """Read the project's own format, field names as configured."""
+    row, names = as_object(value), row_format.fields
     cot, steps = _reasoning(row, names.cot, names.steps, row_format)
-    written = _text(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else None
+    written = text_of(row, names.cot_answer, number=True) if row.get(names.cot_answer) is not None else None
     # published rows have one text for both: what the model writes, with the answer to grade in a box
     answer = extract_answer(written or "") if row.get(names.answer) is None else ""
-    answer = answer or _text(row, names.answer, number=True)
+    answer = answer or text_of(row, names.answer, number=True)
     return Record(
-        id=_text(row, names.id, number=True) if row.get(names.id) is not None else default_id,
-        problem=_text(row, names.problem),
+        id=id_of(row, names.id, default_id),
+        problem=text_of(row, names.problem),
         cot=cot,
         cot_answer=answer if written is None else written,
         answer=answer,
@@ -135,7 +133,7 @@ def _reasoning(row: dict[str, Any], cot: str | None, steps: str, row_format: Row
     """Return text and steps of the fields `cot` (None: steps only) and `steps`; nothing where none is needed."""
     try:
         listed = _steps(row, steps) if cot is None or row.get(steps) else ()
-        text = "\n".join(listed) if cot is None or (listed and row.get(cot) is None) else _text(row, cot)
+        text = "\n".join(listed) if cot is None or (listed and row.get(cot) is None) else text_of(row, cot)
     except DataError:
         if row_format.need_cot:
             raise
@@ -143,17 +141,19 @@ def _reasoning(row: dict[str, Any], cot: str | None, steps: str, row_format: Row
     return text, listed or split_steps(text, row_format.step_separator)
 
 
-def _gsm8k(value: Any, row_format: RowFormat, default_id: str) -> Record:
-    row = _object(value)
-    rationale, separator, answer = _text(row, "answer").rpartition("####")
+def gsm8k(value: Any, row_format: RowFormat, default_id: str) -> Record:
+    """Read `question`, `answer` with its rationale before `####`."""
+    row = as_object(value)
+    rationale, separator, answer = text_of(row, "answer").rpartition("####")
     if not separator:
         raise DataError("field 'answer': no '####'; expected 'rationale #### answer'.")
     cot = " ".join(EQUATION.findall(rationale)) if row_format.equations else EQUATION.sub("", rationale)
     what = "no <<...>> step before '####'" if row_format.equations else "nothing before '####'"
-    return _record(default_id, _text(row, "question"), cot, answer, row_format, field="answer", what=what)
+    return _record(default_id, text_of(row, "question"), cot, answer, row_format, field="answer", what=what)
 
 
-def _lines(value: Any, row_format: RowFormat, default_id: str) -> Record:
+def lines(value: Any, row_format: RowFormat, default_id: str) -> Record:
+    """Read a line `problem||steps #### answer`."""
     if not isinstance(value, str):
         raise DataError(f"row: got {type(value).__name__}; expected a line 'problem||steps #### answer'.")
     problem, bars, rest = value.partition("||")
@@ -166,13 +166,14 @@ def _lines(value: Any, row_format: RowFormat, default_id: str) -> Record:
     return _record(default_id, problem, cot, answer, row_format, field="steps", what="nothing between '||' and '####'")
 
 
-def _question_steps(value: Any, row_format: RowFormat, default_id: str) -> Record:
-    row = _object(value)
+def question_steps(value: Any, row_format: RowFormat, default_id: str) -> Record:
+    """Read `question`, `steps`, `answer`."""
+    row = as_object(value)
     cot, steps = _reasoning(row, None, "steps", row_format)
-    answer = _number(_text(row, "answer", number=True))
+    answer = _number(text_of(row, "answer", number=True))
     return Record(
         id=default_id,
-        problem=_text(row, "question"),
+        problem=text_of(row, "question"),
         cot=cot,
         cot_answer=answer,
         answer=answer,
@@ -192,13 +193,28 @@ def _record(
     return Record(id=row_id, problem=problem.strip(), cot=cot, cot_answer=answer, answer=answer, steps=steps)
 
 
-def _object(value: Any) -> dict[str, Any]:
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a row that is an object.
+
+    Raises:
+        DataError: it is none.
+    """
     if not isinstance(value, dict):
         raise DataError(f"row: got {type(value).__name__}; expected a JSON object.")
     return value
 
 
-def _text(row: dict[str, Any], field: str, *, required: bool = True, number: bool = False) -> str:
+def id_of(row: dict[str, Any], field: str, default_id: str) -> str:
+    """Return the id that a row has, or the one that is its place."""
+    return text_of(row, field, number=True) if row.get(field) is not None else default_id
+
+
+def text_of(row: dict[str, Any], field: str, *, required: bool = True, number: bool = False) -> str:
+    """Return the stripped text of a field, a number written out where one may stand there.
+
+    Raises:
+        DataError: it is missing, empty or something else.
+    """
     expected = "a text or a number" if number else "a text"
     if field not in row:
         raise DataError(f"field {field!r}: missing; expected {expected}.{did_you_mean(field, row)}")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
 from typing import Any
@@ -114,18 +115,30 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, day: str) -> None:
         tokenizer.chat_template = dated(templates)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, problem: str) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, problem: str, turns: Sequence[tuple[str, str]] = ()
+) -> list[int]:
     """Return the prompt's token ids, ending with `spec.think_ids`.
 
     With a chat template these are the ids of `apply_chat_template(..., add_generation_prompt=True)`. A template that
     opens the thinking by itself is not given a second delimiter.
 
+    Args:
+        tokenizer: of the base model.
+        spec: settings.
+        problem: what is asked.
+        turns: role and text of a conversation that ends with the question, which a chat template is given in the
+            problem's place. A system turn of its own stands where the configured one would.
+
     Raises:
         ConfigError: the chat template refuses these turns.
     """
     reserved = _reserved(tokenizer, spec)
-    cut = _unused_character(problem + spec.system_prompt + str(tokenizer.chat_template))
-    problem, system = (_cut(text, reserved, cut) for text in (problem, spec.system_prompt))
+    said = [problem, spec.system_prompt, *(text for _, text in turns)]
+    cut = _unused_character("".join(said) + str(tokenizer.chat_template))
+    problem, system, *texts = (_cut(text, reserved, cut) for text in said)
+    roles = [role for role, _ in turns]
+    system = texts[0] if roles == ["system", "user"] else system
     body = f"{system}\n{problem}" if system else problem
     if spec.prompt_template != CHAT:
         # what the tokenizer itself puts in front of a text (beginning of sequence), without what it puts behind
@@ -133,10 +146,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, problem:
         before = [] if bos is None else [t for t in tokenizer("")["input_ids"][:1] if t == bos]
         text = spec.prompt_template.replace("{problem}", body)
         return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
-    turns = [{"role": "user", "content": body}]
+    asked = [{"role": "user", "content": body}]
     if system and spec.system_placement == "system":
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-    text = _render(tokenizer, turns, open_reply=True)
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
+    if turns:
+        asked = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        if system and spec.system_placement == asked[0]["role"] == "user":
+            asked[0]["content"] = f"{system}\n{asked[0]['content']}"
+        elif system and asked[0]["role"] != "system":
+            asked.insert(0, {"role": "system", "content": system})
+    text = _render(tokenizer, asked, open_reply=True)
     opened = tokenizer.decode(spec.think_ids).strip()
     if opened and text.rstrip().endswith(opened):
         text = text.rstrip().removesuffix(opened)
@@ -183,7 +202,7 @@ def tokenize_record(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, record
             raise
         step_lengths = []  # only methods that replace steps read them, and say so
     segment_lengths = step_lengths if spec.segmentation == "step" else fixed_segments(len(cot), spec.rate)
-    prompt = render_prompt(tokenizer, spec, record.problem)
+    prompt = render_prompt(tokenizer, spec, record.problem, record.turns)
     answer = [*encode_text(tokenizer, answer_text, spec), spec.eos_id]
     content = json.dumps([prompt, cot, segment_lengths, answer], separators=(",", ":"))
     return {

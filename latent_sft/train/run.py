@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 
 from latent_sft.config.experiment import Config
 from latent_sft.config.training import TrainConfig
+from latent_sft.data.mixing import Slots
 from latent_sft.errors import ArtefactError, Interrupted, TrainingError
 from latent_sft.experiment.stores import store_latents
 from latent_sft.experiment.workspace import Workspace, processes
@@ -90,8 +91,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         rows = [r for r in rows if r["cot"]]
     if len(work.data["train"]) == 0 or not rows:
         raise TrainingError(f"{name}: no rows to train on or to validate with; check data.train and data.validation.")
-    check_rows(len(work.data["train"]), train, stage.section, processes().num_processes)
     sampler = _sampler(stage, setup, work, train.gradient_accumulation_steps * processes().num_processes)
+    check_rows(len(sampler), train, stage.section, processes().num_processes)
     setup = dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch())
     total = _total_steps(train, sampler)
     if checkpoint:
@@ -179,11 +180,16 @@ def _sampler(stage: Stage, setup: Setup, work: Workspace, per_step: int) -> Step
     # both cut by what an optimizer step takes (`per_step` micro-batches), which the processes only share out
     data, seed, train = work.data["train"], work.config.seed, setup.train
     sampler: StepSampler
+    tokens = torch.tensor(data["length"][:])
+    slots = Slots.of(torch.tensor(data["weight"][:]), tokens, seed) if "weight" in data.column_names else None
     if train.max_tokens:
         lengths = stage.lengths(data, setup)
+        lengths = lengths if slots is None else lengths._replace(parts=slots.longest(lengths.parts))
         sampler = TokenBatchSampler(lengths, train.max_tokens, per_step, seed, stage.section)
     else:
-        sampler = LengthBucketSampler(list(data["length"]), train.micro_batch_size * per_step, seed)
+        tokens = tokens if slots is None else slots.longest(tokens)
+        sampler = LengthBucketSampler(tokens, train.micro_batch_size * per_step, seed)
+    sampler.rows = None if slots is None else slots.rows
     curriculum = stage.curriculum(dataclasses.replace(setup, steps_per_epoch=sampler.steps_per_epoch()))
     if curriculum is not None:
         sampler.number = curriculum.number(len(data), _total_steps(train, sampler), seed)

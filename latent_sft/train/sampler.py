@@ -35,11 +35,13 @@ class LengthBucketSampler(Sampler[int]):
 
     Attributes:
         number: what is yielded instead of an example's number, for a curriculum.
+        rows: epoch -> the row that every example is, where rows have weights (`data.mixing`).
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | Tensor, batch_size: int, seed: int) -> None:
         self.lengths = torch.as_tensor(lengths)
         self.number: Number | None = None
+        self.rows: Callable[[int], Tensor] | None = None
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -71,7 +73,7 @@ class LengthBucketSampler(Sampler[int]):
         shuffled = torch.randperm(full, generator=generator).tolist()
         first = self.epoch * self.steps_per_epoch()
         for step, number in enumerate([*shuffled, *range(full, len(batches))], first):
-            yield from _numbered(batches[number].tolist(), step, self.number)
+            yield from _numbered(_rows(batches[number], self.rows, self.epoch), step, self.number)
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -92,6 +94,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
     Attributes:
         number: what is yielded instead of an example's number, for a curriculum.
+        rows: epoch -> the row that every example is, where rows have weights (`data.mixing`).
 
     Raises:
         ConfigError: an example is longer than `max_tokens`, or there are fewer examples than `per_step`.
@@ -112,6 +115,7 @@ class TokenBatchSampler(Sampler[list[int]]):
             )
         self.per_step, self.seed, self.epoch = per_step, seed, 0
         self.number: Number | None = None
+        self.rows: Callable[[int], Tensor] | None = None
         num_slices = max(1, min(SLICES, int(alone.sum()) // (BATCHES_PER_SLICE * max_tokens)))
         slices = alone.argsort(stable=True).tensor_split(num_slices)
         longest = torch.stack([lengths.parts[part].amax(0) for part in slices])
@@ -149,7 +153,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         order = order[self.slice_of[order].argsort(stable=True)]
         batches = order.split(self.sizes)
         for number in torch.randperm(len(batches), generator=generator)[: len(self)].tolist():
-            yield batches[number].tolist()
+            yield _rows(batches[number], self.rows, epoch)
 
 
 StepSampler = LengthBucketSampler | TokenBatchSampler
@@ -162,6 +166,10 @@ def shared_out(sampler: StepSampler, micro_batch_size: int, num_processes: int, 
     # where rows do not come out even, those of the beginning are taken again
     batches = BatchSampler(sampler, micro_batch_size, drop_last=False)
     return list(BatchSamplerShard(batches, num_processes, process))
+
+
+def _rows(examples: Tensor, rows: Callable[[int], Tensor] | None, epoch: int) -> list[int]:
+    return (examples if rows is None else rows(epoch)[examples]).tolist()
 
 
 def _numbered(examples: list[int], step: int, number: Number | None) -> list[int]:

@@ -102,6 +102,9 @@ def mistakes(schema: dict[str, Any], node: dict[str, Any], value: Any, at: str =
     """Return where a value does not fit: as much of JSON Schema as this one uses."""
     if "$ref" in node:
         node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    if "anyOf" in node:
+        found = [mistakes(schema, way, value, at) for way in node["anyOf"]]
+        return [] if [] in found else found[0]
     if "enum" in node:
         return [] if value in node["enum"] else [at]
     types = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}

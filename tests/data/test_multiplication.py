@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from latent_sft.config.schema import DataConfig, FieldsConfig, SyntheticConfig
-from latent_sft.data.formats import Record, RowFormat, parse_row
+from latent_sft.data.detect import parse_row
+from latent_sft.data.formats import Record, RowFormat
 from latent_sft.data.multiplication import answer_of, in_order, problem_of, steps_of
 from latent_sft.data.readers import read_rows
 from latent_sft.data.records import load_splits

@@ -85,7 +85,7 @@ def test_every_split_may_have_names_and_a_format_of_its_own(tmp_path: Path) -> N
     assert found == [("p", "c", "1"), ("q", "<<1+1=2>>", "2"), ("r", "s", "3")]
     with pytest.raises(ConfigError, match=r"data\.test_fields: got \{'anwser': 'a'\}, expected any of \['id', 'prob"):
         DataConfig(test_fields={"anwser": "a"})
-    with pytest.raises(ConfigError, match=r"data\.validation_format: got 'csv', expected empty, records"):
+    with pytest.raises(ConfigError, match=r"data\.validation_format: got 'csv', expected empty, auto, records"):
         DataConfig(validation_format="csv")
 
 

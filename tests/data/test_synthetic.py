@@ -15,7 +15,8 @@ import pytest
 
 from latent_sft.config.schema import FieldsConfig, SyntheticConfig
 from latent_sft.data import prosqa
-from latent_sft.data.formats import Record, RowFormat, parse_row, split_steps
+from latent_sft.data.detect import parse_row
+from latent_sft.data.formats import Record, RowFormat, split_steps
 from latent_sft.data.readers import read_rows
 from latent_sft.data.synthetic import ARITHMETIC_LARGEST, MODULAR_NAMES, MODULAR_VERBS, generate
 from latent_sft.errors import ConfigError
