@@ -125,6 +125,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
+    harness = verb("lm-eval", _lm_eval, "lm-evaluation-harness on a checkpoint, with all its options")
+    harness.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
+    harness.add_argument(
+        "options", metavar="...", nargs=argparse.REMAINDER, help="of `lm-eval run`, such as --tasks gsm8k_cot --limit 10"
+    )
     export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")
     export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
@@ -268,6 +273,12 @@ def _generate(args: argparse.Namespace) -> None:
         if figure is None:
             raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
         figure.savefig(args.picture, dpi=160)
+
+
+def _lm_eval(args: argparse.Namespace) -> None:
+    from latent_sft.serve.lm_eval import run
+
+    run(args.checkpoint, args.options)
 
 
 def _export(args: argparse.Namespace) -> None:

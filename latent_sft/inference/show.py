@@ -143,12 +143,7 @@ class Reasoner:
         if not isinstance(asked, list) or not all(isinstance(problem, str) for problem in asked):
             raise ConfigError(f"generate: got {problems!r}, expected the text of a problem, or a list of texts.")
         changes = {name: options[name] for name in _OF_SPEC if name in options}  # type: ignore[literal-required]
-        if changes and self.thinker.thoughts is not None:
-            raise ConfigError(
-                f"{self.checkpoint}: always thinks in {self.thinker.thoughts.spec.num_latents} latents, and without "
-                f"noise; {', '.join(sorted(changes))} cannot be set."
-            )
-        spec = dataclasses.replace(self.spec, **changes)
+        spec = self.adjusted(**changes).spec
         decoded = solve(
             self.thinker,
             spec,
@@ -160,6 +155,30 @@ class Reasoner:
         pairs = zip(asked, decoded, strict=True)
         solved = [_solution(*pair, self.thinker.kind, self.tokenizer, options.get("top", 5)) for pair in pairs]
         return solved[0] if isinstance(problems, str) else solved
+
+    def adjusted(self, thinker: str | None = None, **changes: float) -> Reasoner:
+        """Return it with other settings of decoding.
+
+        Args:
+            thinker: `none` answers at once; as trained by default.
+            changes: `min_latents`, `max_latents`, `noise_scale` or `max_answer_tokens`.
+
+        Raises:
+            ConfigError: one is out of range, or means nothing for this checkpoint.
+        """
+        own, thoughts = self.thinker.kind, self.thinker.thoughts
+        known = dict.fromkeys((own, "none", *(("explicit",) if own == "soft" else ())))
+        if thinker not in (None, *known):
+            raise ConfigError(f"{self.checkpoint}: cannot think as {thinker!r}; expected {' or '.join(known)}.")
+        fixed = sorted(changes.keys() & {*_OF_SPEC})
+        if fixed and thoughts is not None:
+            raise ConfigError(
+                f"{self.checkpoint}: always thinks in {thoughts.spec.num_latents} latents, and without noise; "
+                f"{', '.join(fixed)} cannot be set."
+            )
+        how = self.thinker if thinker in (None, own) else Thinker(thinker, self.thinker.lm)
+        spec = dataclasses.replace(self.spec, **changes)  # type: ignore[arg-type]  # a mistake is an error there
+        return dataclasses.replace(self, spec=spec, thinker=how)
 
 
 def load(checkpoint: str | Path) -> Reasoner:
