@@ -128,7 +128,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     harness = verb("lm-eval", _lm_eval, "lm-evaluation-harness on a checkpoint, with all its options")
     harness.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
     harness.add_argument(
-        "options", metavar="...", nargs=argparse.REMAINDER, help="of `lm-eval run`, such as --tasks gsm8k_cot --limit 10"
+        "options",
+        metavar="...",
+        nargs=argparse.REMAINDER,
+        help="of `lm-eval run`, such as --tasks gsm8k_cot",
     )
     export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")

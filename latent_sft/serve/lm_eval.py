@@ -188,9 +188,7 @@ def model_class() -> type:
             self._templated = bool(chat_template)
             return str(self.reasoner.tokenizer.chat_template or "") if chat_template else ""
 
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-        ) -> str:
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             tokenizer = self.reasoner.tokenizer
             if not add_generation_prompt:
                 raise ConfigError("gen_prefix: this model thinks before it answers, so its answer cannot be begun.")
@@ -235,6 +233,6 @@ def model_class() -> type:
 def _no_probabilities(requests: Sequence[Any]) -> ConfigError:
     tasks = ", ".join(dict.fromkeys(str(request.task_name) for request in requests))
     return ConfigError(
-        f"{tasks}: compares log-likelihoods, but a model that thinks in latents before it answers gives a given text no "
-        "probability; use tasks with output_type generate_until, such as gsm8k_cot, minerva_math or bbh."
+        f"{tasks}: compares log-likelihoods, but a model that thinks before it answers gives no probability of a "
+        "given text; use tasks with output_type generate_until, such as gsm8k_cot, minerva_math or bbh."
     )
