@@ -191,7 +191,7 @@ def load(checkpoint: str | Path) -> Reasoner:
         ArtefactError: not a checkpoint of this package, or damaged.
         ConfigError: its tokenizer or its weights cannot be loaded.
     """
-    folder = _folder(checkpoint)
+    folder = local_folder(checkpoint)
     spec = read_spec(folder)
     config = ModelConfig(dtype=_dtype(folder))  # type: ignore[arg-type]  # one of DTYPES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -275,8 +275,12 @@ def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTraine
     )
 
 
-def _folder(checkpoint: str | Path) -> Path:
-    """Return the local folder of a checkpoint, fetched from the Hub where there is none."""
+def local_folder(checkpoint: str | Path) -> Path:
+    """Return the local folder of a checkpoint, fetched from the Hub where there is none.
+
+    Raises:
+        ArtefactError: neither a folder nor a name that the Hub knows.
+    """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
