@@ -31,7 +31,9 @@ class Table(NamedTuple):
         shown = RichTable(title=title)
         kept = [i for i, name in enumerate(self.header) if name in columns]
         for i in kept:
-            shown.add_column(self.header[i].replace(" ", "\n"), justify="left" if i < 2 else "right", no_wrap=True)
+            shown.add_column(
+                "\n".join(self.header[i].rsplit(" ", 1)), justify="left" if i < 2 else "right", no_wrap=True
+            )
         for row in self.rows:
             shown.add_row(*(row[i] for i in kept))
         return shown
