@@ -82,6 +82,7 @@ def model_class() -> type:
             thinker: as trained by default; `none` answers at once.
             min_latents: thinking does not stop before; as trained by default.
             max_latents: thinking ends after; as trained by default.
+            max_answer_tokens: answers end after, or earlier where a task says so; as trained by default.
             max_cot_tokens: written reasoning ends after.
             batch_size: problems decoded together; `auto` is 64.
             max_batch_size: what lm-eval always gives; not needed.
@@ -94,6 +95,7 @@ def model_class() -> type:
             thinker: str | None = None,
             min_latents: int | None = None,
             max_latents: int | None = None,
+            max_answer_tokens: int | None = None,
             max_cot_tokens: int = 512,
             batch_size: int | str = AUTO_BATCH,
             max_batch_size: int | None = None,
@@ -101,12 +103,12 @@ def model_class() -> type:
             **unknown: Any,
         ) -> None:
             super().__init__()
-            known = ("thinker", "min_latents", "max_latents", "max_cot_tokens", "batch_size", "device")
+            given = {"min_latents": min_latents, "max_latents": max_latents, "max_answer_tokens": max_answer_tokens}
             for name in unknown:
+                known = ("thinker", "max_cot_tokens", "batch_size", "device", *given)
                 raise ConfigError(f"--model_args: unknown argument {name!r}.{did_you_mean(name, known)}")
             state = processes()
             self._rank, self._world_size, self._device = state.process_index, state.num_processes, state.device
-            given = {"min_latents": min_latents, "max_latents": max_latents}
             changes = {name: value for name, value in given.items() if value is not None}
             self.reasoner = load(pretrained).adjusted(thinker, **changes)
             if device and self.world_size == 1 and torch.cuda.is_available():  # without one lm-eval says cuda:0 as well
@@ -131,10 +133,11 @@ def model_class() -> type:
             return answers
 
         def _answer(self, requests: list[Any], places: list[int], answers: list[str], bar: Any) -> None:
-            asked = normalize_gen_kwargs(requests[places[0]].args[1], self.reasoner.spec.max_answer_tokens)
+            most = self.reasoner.spec.max_answer_tokens
+            asked = normalize_gen_kwargs(requests[places[0]].args[1], most)
             if asked["do_sample"] and (ignored := asked.keys() - {"until", "max_gen_toks", *SAMPLING}):
                 log.warning("generation_kwargs: %s mean nothing to this model", ", ".join(sorted(ignored)))
-            reasoner = self.reasoner.adjusted(max_answer_tokens=asked["max_gen_toks"])
+            reasoner = self.reasoner.adjusted(max_answer_tokens=min(most, asked["max_gen_toks"]))
             sampling = Sampling(
                 temperature=asked.get("temperature", 1.0) if asked["do_sample"] else 0.0,
                 top_p=asked.get("top_p", 1.0) if asked["do_sample"] else 1.0,

@@ -1,4 +1,4 @@
-"""lm-eval scores an export as this package does: with its own Hugging Face model, and with the model of this package."""
+"""lm-eval scores an export as this package does: by its own Hugging Face model, and by the model of this package."""
 
 from __future__ import annotations
 
@@ -130,12 +130,13 @@ def scored(task: Path, *words: str, processes: int = 1) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four processes that each import lm-eval
 def test_the_command_scores_as_the_evaluation_does(task: Path) -> None:
     run = command(task, "eval", "export", "--data", "own.jsonl", "--out", "own", "eval.grader=text")
     assert run.returncode == 0, run.stderr[-3000:]
     own = json.loads((task / "own/eval/export/own.json").read_text())["summary"]["accuracy"]
     assert 0 < own < 1
-    for words in ((), ("--apply_chat_template",), ("--batch_size", "3", "--model_args", "max_cot_tokens=9")):
+    for words in ((), ("--apply_chat_template", "--batch_size", "3")):
         assert scored(task, *words)["results"]["own"]["exact_match,none"] == pytest.approx(own)
     two = scored(task, "--log_samples", processes=2)
     assert two["results"]["own"]["exact_match,none"] == pytest.approx(own)
@@ -179,6 +180,9 @@ def test_answers_stop_where_they_are_told(checkpoint: Path, problems: list[str])
     assert stopped == [text.split(stop)[0] for text in whole] != whole
     short = model.generate_until(asked(problems, max_gen_toks=2))
     assert [text.split() for text in short] == [text.split()[:2] for text in whole]
+    longest = model_class()(pretrained=str(checkpoint), max_answer_tokens=9)
+    for own, most in ((model, 7), (longest, 9)):
+        assert max(len(text.split()) for text in own.generate_until(asked(problems, max_gen_toks=99))) == most
     # requests of several kinds in one call come back in their places
     mixed = asked(problems[:5], max_gen_toks=2) + asked(problems[5:])
     assert model.generate_until(mixed[::2] + mixed[1::2]) == [
