@@ -38,7 +38,7 @@ setup(
         "latent_sft": ["py.typed"],
         "latent_sft.evaluation": ["templates/*"],
         "latent_sft.export": ["templates/*"],
-        "latent_sft.presets": ["*.yaml", "bases/*.yaml"],
+        "latent_sft.presets": ["*.yaml", "bases/*.yaml", "sets/*.yaml"],
     },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
     install_requires=[
@@ -64,7 +64,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
-        "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
+        "lm-eval": ["lm-eval"],
         "dev": [
             "pytest",
             "pytest-timeout",

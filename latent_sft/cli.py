@@ -110,9 +110,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     finish.add_argument("stage", metavar="STAGE", type=_stage, help="`latent-sft plan CONFIG` lists them")
     experiment(finish)
     experiment(verb("label", _label, "store the encoder's latents of the training set"))
-    evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of the trained models"))
+    evaluation = experiment(verb("eval", _eval, "accuracy and reasoning length of trained models, or of a checkpoint"))
+    evaluation.add_argument("--set", action="append", metavar="NAME", help="a benchmark, or NAME=SOURCE; repeatable")
     evaluation.add_argument("--model", action="append", help="a model of the experiment; repeatable; all")
     evaluation.add_argument("--split", action="append", help="validation or test; repeatable; those of the file")
+    evaluation.add_argument("--data", metavar="FILE", help="with a checkpoint as CONFIG: problems to score it on")
+    evaluation.add_argument("--thinker", metavar="NAME", help="likewise: none answers at once; as trained")
+    evaluation.add_argument("--out", type=Path, metavar="DIR", help="likewise: for the results; runs/eval/CHECKPOINT")
     experiment(verb("report", _report, "tables and plots of what was trained and measured"))
     generate = verb("generate", _generate, "solve one problem and show the latents")
     generate.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
@@ -123,6 +127,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
+    harness = verb("lm-eval", _lm_eval, "lm-evaluation-harness on a checkpoint, with all its options")
+    harness.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
+    harness.add_argument(
+        "options",
+        metavar="...",
+        nargs=argparse.REMAINDER,
+        help="of `lm-eval run`, such as --tasks gsm8k_cot",
+    )
     export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")
     export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
@@ -214,10 +226,41 @@ def _label(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    args.overrides += [f"eval.sets={json.dumps(args.set)}"] if args.set else []
+    if _is_checkpoint(args):
+        _eval_checkpoint(args)
+        return
+    for option in ("data", "thinker", "out"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--{option}: only means something with a checkpoint; {args.config} is an experiment.")
     config = _load_one(args)
     from latent_sft.evaluation.run import evaluate
 
-    evaluate(config, models=args.model, splits=args.split)
+    chosen = [*(args.split or ()), *(config.sets() if args.set else ())]
+    evaluate(config, models=args.model, splits=chosen or None)
+
+
+def _is_checkpoint(args: argparse.Namespace) -> bool:
+    """Return whether a folder, or the name of a Hub repository, stands in place of CONFIG."""
+    path = Path(args.config)
+    is_name = args.config.count("/") == 1 and path.suffix not in (".yaml", ".yml") and not path.parent.is_dir()
+    return path.is_dir() or (is_name and not path.exists())
+
+
+def _eval_checkpoint(args: argparse.Namespace) -> None:
+    for option in ("model", "split"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option}: only means something with an experiment; {args.config} is a checkpoint.")
+    from rich.console import Console
+
+    from latent_sft.evaluation.checkpoint import evaluate_checkpoint
+    from latent_sft.evaluation.tables import result_table
+
+    overrides = [*args.overrides, *([f"data.test={json.dumps(args.data)}"] if args.data else [])]
+    scored = evaluate_checkpoint(args.config, overrides, thinker=args.thinker, out=args.out)
+    width = max(Console().width, 110)  # what is cut off where a pipe says 80
+    Console(width=width).print(result_table(scored.rows).terminal(args.config))
+    print(scored.folder)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -249,6 +292,12 @@ def _generate(args: argparse.Namespace) -> None:
         if figure is None:
             raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
         figure.savefig(args.picture, dpi=160)
+
+
+def _lm_eval(args: argparse.Namespace) -> None:
+    from latent_sft.serve.lm_eval import run
+
+    run(args.checkpoint, args.options)
 
 
 def _export(args: argparse.Namespace) -> None:

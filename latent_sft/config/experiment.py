@@ -6,6 +6,7 @@ import dataclasses
 from operator import attrgetter
 from typing import Any
 
+from latent_sft.config.benchmarks import benchmark
 from latent_sft.config.schema import CommonConfig
 from latent_sft.config.training import TrainConfig, need
 from latent_sft.errors import ConfigError, did_you_mean
@@ -25,6 +26,8 @@ class _Experiment(CommonConfig):
             need(fits, f"{stage.section}.mixed_precision", mixed, "fp16, as model.dtype=float16")
             fits = not self.launch.zero or mixed != "fp16"
             need(fits, f"{stage.section}.mixed_precision", mixed, "bf16 or no, where launch.zero > 0")
+        sets = self.sets()
+        need(len(set(sets)) == len(sets), "eval.sets", list(self.eval.sets), "different sets")
         self._check_shortened()
         for method in METHODS:
             settings = self.settings(method.settings)
@@ -54,6 +57,14 @@ class _Experiment(CommonConfig):
         if name not in STAGES:
             raise ConfigError(f"unknown stage {name!r}.{did_you_mean(name, STAGES)}")
         return attrgetter(STAGES[name].section)(self)
+
+    def sets(self) -> list[str]:
+        """Return the names of the benchmarks that are evaluated.
+
+        Raises:
+            ConfigError: there is none of a name.
+        """
+        return [benchmark(text).name for text in self.eval.sets]
 
     def precision(self, stage: str) -> str:
         """Return the mixed precision of a stage: what it says, or what `model.dtype` makes of weights in float32."""

@@ -347,6 +347,9 @@ class EvalConfig:
     limit: int = 0
     """Problems per split; 0 evaluates all."""
     splits: tuple[str, ...] = ("validation", "test")
+    sets: tuple[str, ...] = ()
+    """Benchmarks beside the splits, as `[gsm8k, math500]` (docs/benchmarks.md lists them); each has a grader and a
+    number of samples of its own. `NAME=SOURCE` reads one from elsewhere."""
     grader: Literal["auto", "numeric", "math", "text"] = "auto"
     """numeric: equal numbers; math: math-verify; text: equal after normalising space, case and LaTeX text; auto: the
     first that can read the reference. Numbers that only space separates, `7 8 0 3`, are a text to all of them."""

@@ -9,15 +9,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.request import urlopen
 
 import pyarrow as pa
 
 from latent_sft.errors import ArtefactError, ConfigError, DataError
-from latent_sft.runs import file_sha256, fingerprint, read_json
+from latent_sft.runs import file_sha256, fingerprint, read_json, write_atomically
 
-HUB = "hub:"
+HUB, URL = "hub:", ("https://", "http://")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt", ".txt.gz")
 
 
@@ -50,7 +52,8 @@ def read_rows(source: str) -> Iterator[RawRow]:
 
     Args:
         source: path of a JSONL, JSON (list of objects), Parquet or TXT file (the text ones also gzipped), folder
-            written by `datasets.Dataset.save_to_disk`, or `hub:NAME[:CONFIG]:SPLIT`.
+            written by `datasets.Dataset.save_to_disk`, `hub:NAME[@REVISION][:CONFIG]:SPLIT`, or the URL of a file,
+            which is fetched once.
 
     Raises:
         DataError: the source is missing, cannot be read, or is damaged as a whole.
@@ -98,11 +101,28 @@ def _readable(source: str) -> Iterator[None]:
 
 
 def _existing(source: str) -> Path:
-    path = Path(source)
+    path = _fetched(source) if source.startswith(URL) else Path(source)
     if not path.is_file() and not path.is_dir():
         raise DataError(f"{source}: no such file or folder; expected {', '.join(SUFFIXES)} or hub:NAME[:CONFIG]:SPLIT.")
     if path.is_file() and not source.endswith(SUFFIXES):
         raise ConfigError(f"data: {source!r} has no known suffix; expected {', '.join(SUFFIXES)}.")
+    return path
+
+
+def _fetched(url: str) -> Path:
+    """Return the local copy of a file, in the cache of `datasets`."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    path = Path(HF_DATASETS_CACHE, "latent_sft", fingerprint(url), url.rpartition("/")[2])
+    if not path.exists():
+        try:
+            with urlopen(url, timeout=30) as answer:
+                content = answer.read()
+        except (OSError, HTTPException) as error:
+            raise DataError(
+                f"{url}: could not be fetched ({error}); without network, download it elsewhere and give the path."
+            ) from error
+        write_atomically(path, content)
     return path
 
 
@@ -261,7 +281,9 @@ def _hub_dataset(source: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(parts[0], parts[1] if len(parts) == 3 else None, split=parts[-1])
+        name, _, revision = parts[0].partition("@")
+        pinned = {"revision": revision} if revision else {}
+        return load_dataset(name, parts[1] if len(parts) == 3 else None, split=parts[-1], **pinned)
     except Exception as error:  # the library raises many kinds; each means that this source cannot be had
         reason = " ".join(str(error).split())
         raise DataError(

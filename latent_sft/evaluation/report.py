@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from latent_sft.config.experiment import Config
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation import plots
-from latent_sft.evaluation.results import Job, Row, Run, collect, read_run, rows_of
+from latent_sft.evaluation.results import SPLITS, Job, Row, Run, collect, read_run, rows_of
 from latent_sft.evaluation.tables import (
     Table,
     accuracy,
@@ -88,7 +88,8 @@ def write_comparison(config: Config, jobs: Sequence[Job]) -> Path:
     done = [job for job in jobs if job.is_finished()]
     if not done:
         raise ArtefactError(f"{config.directory}: no finished run to compare; `latent-sft run` makes them.")
-    rows = rows_of(collect(done), resamples=config.compare.bootstrap)
+    splits = ["", *config.sets()]
+    rows = [row for s in splits for row in rows_of(collect(done, s), resamples=config.compare.bootstrap)]
     missing = [{"run": job.name, "console": str(job.console)} for job in jobs if job not in done]
     stem = Path(config.directory) / "comparison"
     lines = config.compare.lines
@@ -115,8 +116,9 @@ def sections_of(
         lines: accuracies for reference, by name.
     """
     first = [r for r in rows if r["split"] == rows[0]["split"]]
+    drawn = [r for r in rows if r["split"] in SPLITS] or first  # benchmarks are in the tables alone
     costly = [
-        Picture(plots.accuracy_against(rows, key, lines), f"Accuracy against {plots.AGAINST[key][0]}.", file)
+        Picture(plots.accuracy_against(drawn, key, lines), f"Accuracy against {plots.AGAINST[key][0]}.", file)
         for key, file in costs.items()
     ]
     by_steps = Picture(plots.accuracy_by_cot_steps(first), f"Accuracy by steps of the gold CoT, {first[0]['split']}.")

@@ -155,13 +155,15 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(points.items()) for tag, points in found.items()}
 
 
-def collect(jobs: Sequence[Job]) -> list[Method]:
-    """Return the methods of finished jobs on their most important split, named and in the order of tables.
+def collect(jobs: Sequence[Job], split: str = "") -> list[Method]:
+    """Return the methods of finished jobs on a split (their most important one), named and in the order of tables.
 
     The same model in several variants (equal fingerprints in the seeds that both have) is one method, of the first.
     """
     read = {(job.variant, job.config.seed): read_run(job.directory) for job in jobs}
-    split = min((e.row["split"] for run in read.values() for e in run.evaluations), key=lambda s: _rank(s, SPLITS))
+    split = split or min(
+        (e.row["split"] for run in read.values() for e in run.evaluations), key=lambda s: _rank(s, SPLITS)
+    )
     methods: list[Method] = []
     for variant, config in {job.variant: job.config for job in jobs}.items():
         for model in config.models():

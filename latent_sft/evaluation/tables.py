@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Column = tuple[str, Callable[[Row], str]]
 NONE = "–"
+SHOWN = ("model", "split", "accuracy %", "n", "skipped", "reasoning steps", "forward passes", "s / problem")
 
 
 class Table(NamedTuple):
@@ -23,14 +24,16 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[str]]
 
-    def terminal(self, title: str, columns: Sequence[str]) -> rich.table.Table:
+    def terminal(self, title: str, columns: Sequence[str] = SHOWN) -> rich.table.Table:
         """Return those of the columns that it has, for a terminal."""
         from rich.table import Table as RichTable
 
         shown = RichTable(title=title)
         kept = [i for i, name in enumerate(self.header) if name in columns]
         for i in kept:
-            shown.add_column(self.header[i], justify="left" if i < 2 else "right", no_wrap=True)
+            shown.add_column(
+                "\n".join(self.header[i].rsplit(" ", 1)), justify="left" if i < 2 else "right", no_wrap=True
+            )
         for row in self.rows:
             shown.add_row(*(row[i] for i in kept))
         return shown

@@ -19,7 +19,7 @@ from latent_sft.config.experiment import Config
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, TrainingError
 from latent_sft.evaluation.report import write_report
 from latent_sft.evaluation.results import Job
-from latent_sft.evaluation.run import decided_by, evaluate
+from latent_sft.evaluation.run import decided_by, evaluate, problems_of
 from latent_sft.experiment.stores import store_latents
 from latent_sft.experiment.workspace import Experiment, Workspace
 from latent_sft.export.checkpoint import export_run
@@ -99,7 +99,7 @@ def graph_of(experiment: Experiment) -> dict[str, Node]:
         raise ConfigError("no stage is enabled; expected one to be named, for example cot: {} in the file, or cot={}.")
     splits = tuple(split for split in config.eval.splits if split != "test" or config.data.test)
     for name, stages in config.models().items():
-        known = {"parts": splits, "folder": f"eval/{name}", "command": ("eval", "--model", name)}
+        known = {"parts": (*splits, *config.sets()), "folder": f"eval/{name}", "command": ("eval", "--model", name)}
         known |= {"inputs": partial(_inputs_of_eval, experiment, name), "make": partial(_evaluate, name)}
         add(f"eval {name}", "data", stages[-1], meaning=f"accuracy and reasoning length of {name}", **known)
     meaning = "tables and plots of the whole experiment"
@@ -197,12 +197,15 @@ def _inputs(step: Callable[[Any], Step], of: Any) -> Any:
 
 
 def _inputs_of_eval(experiment: Experiment, name: str) -> Any:
-    return experiment.step(experiment.config.models()[name][-1]).inputs, decided_by(experiment, name)
+    sets = [[sorted(experiment.config.eval.sets)]] if experiment.config.eval.sets else []
+    return experiment.step(experiment.config.models()[name][-1]).inputs, decided_by(experiment, name), *sets
 
 
 def _tokenise(work: Workspace) -> None:
     for split in work.data:
         _ = work.data[split]  # a bad row of the test set must not show after the training
+    for name in work.config.sets():
+        problems_of(work, name)
 
 
 def _evaluate(name: str, work: Workspace) -> None:

@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,25 +139,34 @@ def _summary(config: Config, work: Workspace, seconds: float) -> dict[str, Any]:
     split = "test" if "test" in config.eval.splits and "test" in work.data else "validation"
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "split": split}
     for name, stages in config.models().items():
-        path = work.directory / "eval" / name / f"{split}.json"
-        if not path.exists():
+        numbers = _numbers(work.directory, [name], split)
+        if not numbers:
             continue  # a split without CoTs has nothing for stage 1
-        result = read_json(path)["summary"]
         trained = [work.step(stage).results() for stage in stages]
-        summary[name] = {key: result[key] for key in SHOWN if key in result} | {
+        summary[name] = numbers[name] | {
             "train_seconds": round(sum(t["train_seconds"] for t in trained), 1),
             "examples_seen": sum(t["examples_seen"] for t in trained),
         }
-    return {**summary, "total_seconds": round(seconds, 1)}
+    sets = {split: _numbers(work.directory, list(config.models()), split) for split in config.sets()}
+    return {**summary, **({"sets": sets} if sets else {}), "total_seconds": round(seconds, 1)}
+
+
+def _numbers(directory: Path, models: Sequence[str], split: str) -> dict[str, Any]:
+    paths = {name: directory / "eval" / name / f"{split}.json" for name in models}
+    found = {name: read_json(path)["summary"] for name, path in paths.items() if path.exists()}
+    return {name: {key: values[key] for key in SHOWN if key in values} for name, values in found.items()}
 
 
 def _show(summary: dict[str, Any], report: Path) -> None:
     from rich.console import Console
 
-    rows = [r for r in read_json(report.with_suffix(".json"))["results"] if r["split"] == summary["split"]]
-    problems = f"{max(r['num_examples'] for r in rows):,} problems of the {summary['split']} split"
+    shown = (summary["split"], *summary.get("sets", ()))
+    rows = [r for r in read_json(report.with_suffix(".json"))["results"] if r["split"] in shown]
+    count = max(r["num_examples"] for r in rows if r["split"] == summary["split"])
+    problems = f"{count:,} problems of the {summary['split']} split"
     title = f"{summary['name']}, seed {summary['seed']}, {problems}"
-    columns = ("model", "accuracy %", "skipped", "reasoning steps", "train time", "examples seen")
+    columns = ["model", "accuracy %", "skipped", "reasoning steps", "train time", "examples seen"]
+    columns += ["split", "n", "forward passes"] if "sets" in summary else []
     console = Console()
     console.print(result_table(rows).terminal(title, columns))
     console.print(f"total {summary['total_seconds'] / 60:.1f} min; report: {report}", soft_wrap=True)

@@ -143,12 +143,7 @@ class Reasoner:
         if not isinstance(asked, list) or not all(isinstance(problem, str) for problem in asked):
             raise ConfigError(f"generate: got {problems!r}, expected the text of a problem, or a list of texts.")
         changes = {name: options[name] for name in _OF_SPEC if name in options}  # type: ignore[literal-required]
-        if changes and self.thinker.thoughts is not None:
-            raise ConfigError(
-                f"{self.checkpoint}: always thinks in {self.thinker.thoughts.spec.num_latents} latents, and without "
-                f"noise; {', '.join(sorted(changes))} cannot be set."
-            )
-        spec = dataclasses.replace(self.spec, **changes)
+        spec = self.adjusted(**changes).spec
         decoded = solve(
             self.thinker,
             spec,
@@ -161,6 +156,30 @@ class Reasoner:
         solved = [_solution(*pair, self.thinker.kind, self.tokenizer, options.get("top", 5)) for pair in pairs]
         return solved[0] if isinstance(problems, str) else solved
 
+    def adjusted(self, thinker: str | None = None, **changes: float) -> Reasoner:
+        """Return it with other settings of decoding.
+
+        Args:
+            thinker: `none` answers at once; as trained by default.
+            changes: `min_latents`, `max_latents`, `noise_scale` or `max_answer_tokens`.
+
+        Raises:
+            ConfigError: one is out of range, or means nothing for this checkpoint.
+        """
+        own, thoughts = self.thinker.kind, self.thinker.thoughts
+        known = dict.fromkeys((own, "none", *(("explicit",) if own == "soft" else ())))
+        if thinker not in (None, *known):
+            raise ConfigError(f"{self.checkpoint}: cannot think as {thinker!r}; expected {' or '.join(known)}.")
+        fixed = sorted(changes.keys() & {*_OF_SPEC})
+        if fixed and thoughts is not None:
+            raise ConfigError(
+                f"{self.checkpoint}: always thinks in {thoughts.spec.num_latents} latents, and without noise; "
+                f"{', '.join(fixed)} cannot be set."
+            )
+        how = self.thinker if thinker in (None, own) else Thinker(thinker, self.thinker.lm)
+        spec = dataclasses.replace(self.spec, **changes)  # type: ignore[arg-type]  # a mistake is an error there
+        return dataclasses.replace(self, spec=spec, thinker=how)
+
 
 def load(checkpoint: str | Path) -> Reasoner:
     """Load a checkpoint, on the GPU where there is one.
@@ -172,7 +191,7 @@ def load(checkpoint: str | Path) -> Reasoner:
         ArtefactError: not a checkpoint of this package, or damaged.
         ConfigError: its tokenizer or its weights cannot be loaded.
     """
-    folder = _folder(checkpoint)
+    folder = local_folder(checkpoint)
     spec = read_spec(folder)
     config = ModelConfig(dtype=_dtype(folder))  # type: ignore[arg-type]  # one of DTYPES
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,8 +275,12 @@ def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTraine
     )
 
 
-def _folder(checkpoint: str | Path) -> Path:
-    """Return the local folder of a checkpoint, fetched from the Hub where there is none."""
+def local_folder(checkpoint: str | Path) -> Path:
+    """Return the local folder of a checkpoint, fetched from the Hub where there is none.
+
+    Raises:
+        ArtefactError: neither a folder nor a name that the Hub knows.
+    """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:

@@ -159,15 +159,16 @@ def test_hub_names_go_through_datasets(
 
     asked = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str = "") -> datasets.Dataset:
+        asked.append((name, config, split, revision))
         if split == "absent":
             raise ValueError("Unknown split 'absent'")
         return datasets.Dataset.from_list(rows(2))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(load("hub:some/name:main:train")) == 2
-    assert asked[0] == ("some/name", "main", "train")
+    assert len(load("hub:some/name@1a2b:train")) == 2
+    assert (asked[0], asked[-1]) == (("some/name", "main", "train", ""), ("some/name", None, "train", "1a2b"))
     with pytest.raises(DataError, match=r"hub:some/name:absent.*Unknown split.*give the path of the file"):
         load("hub:some/name:absent")
     with pytest.raises(ConfigError, match=r"expected hub:NAME:SPLIT"):

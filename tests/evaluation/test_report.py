@@ -291,7 +291,7 @@ def test_the_terminal_shows_some_columns_of_the_same_table():
     table = result_table([{"model": "cot", "split": "test", **SMALL}])
     assert table.header == ["model", "split", "accuracy %", "n", "reasoning steps"]
     shown = table.terminal("title", ["model", "n", "accuracy %", "train time"])
-    assert [column.header for column in shown.columns] == ["model", "accuracy %", "n"]
+    assert [column.header for column in shown.columns] == ["model", "accuracy\n%", "n"]
     assert [list(column.cells) for column in shown.columns] == [["cot"], ["0.0"], ["1"]]
 
 
