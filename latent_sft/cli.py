@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from latent_sft import __version__
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError, did_you_mean
+from latent_sft.serve.command import add_options, launch
 
 if TYPE_CHECKING:
     from latent_sft.config.experiment import Config
@@ -125,6 +126,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
+    add_options(verb("serve", _serve, "answer over HTTP as OpenAI's servers do (extra [serve])"))
     export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")
     export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
@@ -268,6 +270,10 @@ def _generate(args: argparse.Namespace) -> None:
         if figure is None:
             raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
         figure.savefig(args.picture, dpi=160)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    launch(args, lambda text: print(text, flush=True))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(Settings):
-    """The body of `/v1/chat/completions`; `max_completion_tokens` counts thought and answer, `max_tokens` the answer."""
+    """The body of `/v1/chat/completions`; `max_completion_tokens` counts the thought, `max_tokens` does not."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)

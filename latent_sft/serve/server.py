@@ -5,76 +5,69 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
-import secrets
+import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from latent_sft.data.prompts import CHAT, render_prompt, render_turns
 from latent_sft.errors import ConfigError
-from latent_sft.inference.noise import Sampling
 from latent_sft.inference.show import Reasoner
-from latent_sft.method.thinking import Limits
-from latent_sft.serve.choice import Choice, Piece
+from latent_sft.serve.answer import Service, chat_prompt, check_model, raw_prompt, respond
 from latent_sft.serve.metrics import Metrics
-from latent_sft.serve.protocol import ChatRequest, CompletionRequest, Refused, Settings, read
-from latent_sft.serve.shapes import Chat, Completion, usage
-from latent_sft.serve.worker import Job, Worker
+from latent_sft.serve.protocol import ChatRequest, CompletionRequest, Refused, read
+from latent_sft.serve.shapes import Chat, Completion
+from latent_sft.serve.worker import Worker
 
 PAGE = Path(__file__).parent / "templates" / "index.html"
+API_KEY = "LATENT_SFT_API_KEY"
+LOCAL = ("127.0.0.1", "::1", "localhost")
 MOST_BYTES = 2**20  # of the body of a request
 DRAIN_SECONDS = 25  # what is in work when the server is told to stop has so long; supervisors kill after 30
-CLOSED = 499  # the client was gone; only metrics see it
-THINKS_FREELY = ("latent", "spans")  # thinkers whose number of latents can be set
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """What all routes need: the model and its name, the engine, seconds that a request may take, the key or None."""
-
-    reasoner: Reasoner
-    name: str
-    worker: Worker
-    timeout: float
-    key: str | None
-    metrics: Metrics
-
-
-class Stream(StreamingResponse):
-    """A stream that always says when it is over, also where the client was gone before the first piece."""
-
-    def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.ended = ended
-
-    async def __call__(self, *args: Any) -> None:
-        try:
-            await super().__call__(*args)
-        finally:
-            self.ended()
-
-
-def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:
+def serve(
+    reasoner: Reasoner,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    batch_size: int,
+    most_waiting: int,
+    longest: int | None,
+    timeout: float,
+    key: str | None,
+    ready: Callable[[str], None],
+) -> None:
     """Serve until SIGTERM or SIGINT, which are raised again once what runs is finished, or after DRAIN_SECONDS.
 
     Args:
-        service: what is served.
+        reasoner: the model.
+        name: by which clients know it.
         host: address to listen at.
         port: 0 picks a free one.
+        batch_size: choices that are decoded together at most.
+        most_waiting: choices that may wait for a place among these.
+        longest: most tokens of a prompt; what the model's positions leave by default.
+        timeout: seconds that a request may take.
+        key: that clients must send; None lets everybody in.
         ready: called with the address.
 
     Raises:
-        ConfigError: nobody can listen there.
+        ConfigError: nobody can listen there, or no room for such prompts.
     """
+    worker = Worker(reasoner, longest=longest, batch_size=batch_size, most_waiting=most_waiting)
+    service = Service(reasoner=reasoner, name=name, worker=worker, timeout=timeout, key=key, metrics=Metrics(worker))
+    if key is None and host not in LOCAL:
+        logger.warning("serve: whoever reaches %s can use this server; set %s, or --api-key-file", host, API_KEY)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -96,6 +89,19 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) 
     ready(f"http://{shown}:{listener.getsockname()[1]}")
     with listener:
         server.run(sockets=[listener])
+
+
+def read_key(path: Path | None) -> str | None:
+    """Return the API key of a file, or of the environment.
+
+    Raises:
+        ConfigError: the file is empty.
+    """
+    if path is None:
+        return os.environ.get(API_KEY, "").strip() or None
+    if not (key := path.read_text(encoding="utf-8").strip()):
+        raise ConfigError(f"--api-key-file: {path} is empty; expected the key as its only line.")
+    return key
 
 
 def create_app(service: Service) -> FastAPI:
@@ -152,20 +158,20 @@ def create_app(service: Service) -> FastAPI:
 
     @guarded.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _check_model(service, name)
+        check_model(service, name)
         return card
 
     @guarded.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = read(ChatRequest, await _body(request, service))
-        prompts = [_chat_prompt(service.reasoner, asked)]
-        return await _respond(request, service, asked, prompts, Chat)
+        prompts = [chat_prompt(service.reasoner, asked)]
+        return await respond(request, service, asked, prompts, Chat)
 
     @guarded.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = read(CompletionRequest, await _body(request, service))
-        prompts = [_raw_prompt(service.reasoner, prompt) for prompt in asked.prompts]
-        return await _respond(request, service, asked, prompts, Completion)
+        prompts = [raw_prompt(service.reasoner, prompt) for prompt in asked.prompts]
+        return await respond(request, service, asked, prompts, Completion)
 
     app.include_router(guarded)
     return app
@@ -188,182 +194,3 @@ async def _body(request: Request, service: Service) -> bytes:
     except TimeoutError:
         raise Refused(408, f"the body did not come within {service.timeout:g} s.") from None
     return bytes(body)
-
-
-def _check_model(service: Service, name: str | None) -> None:
-    if name not in (None, service.name):
-        message = f"the model {name!r} is not here; this server has {service.name!r}."
-        raise Refused(404, message, param="model", code="model_not_found")
-
-
-def _chat_prompt(reasoner: Reasoner, asked: ChatRequest) -> list[int]:
-    """Return the prompt of training for one problem; of a whole conversation where there is a chat template."""
-    spec, turns = reasoner.spec, [message.turn() for message in asked.messages]
-    if len(turns) > 1 and turns[0] == {"role": "system", "content": spec.system_prompt}:
-        turns = turns[1:]
-    if [turn["role"] for turn in turns] == ["user"]:
-        return render_prompt(reasoner.tokenizer, spec, turns[0]["content"])
-    if spec.prompt_template != CHAT:
-        message = "messages: this model was trained on single problems; expected one message with the role user."
-        raise Refused(400, message, param="messages")
-    try:
-        return render_turns(reasoner.tokenizer, spec, turns)
-    except ConfigError as error:
-        raise Refused(400, f"messages: {error}", param="messages") from error
-
-
-def _raw_prompt(reasoner: Reasoner, prompt: str | list[int]) -> list[int]:
-    """Return a prompt as it is, control tokens included; only the opening delimiter is added where it is missing."""
-    ids, opening = prompt, list(reasoner.spec.think_ids)
-    if isinstance(prompt, str):
-        ids = reasoner.tokenizer(prompt)["input_ids"]
-        ids = ids[:-1] if ids and ids[-1] == reasoner.tokenizer.eos_token_id and not prompt.endswith("</s>") else ids
-    assert isinstance(ids, list)
-    return ids if ids[-len(opening) :] == opening else ids + opening
-
-
-def _jobs(service: Service, asked: Settings, prompts: list[list[int]]) -> list[Choice]:
-    """Return the choices that were asked for, each with its job.
-
-    Raises:
-        Refused: a setting or a prompt that this model cannot serve.
-    """
-    worker, extras, spec = service.worker, asked.latent_sft, service.reasoner.spec
-    for prompt in prompts:
-        if not 1 <= len(prompt) <= worker.longest:
-            message = f"the prompt has {len(prompt)} tokens, expected 1 to {worker.longest}."
-            raise Refused(400, message, code="context_length_exceeded")
-        if not all(0 <= token < spec.vocab_size for token in prompt):
-            raise Refused(400, f"prompt: got token ids beyond 0 to {spec.vocab_size - 1}.", param="prompt")
-    usual, kind = worker.limits, service.reasoner.thinker.kind
-    least = usual.least if extras.min_latents is None else extras.min_latents
-    most = usual.most if extras.max_latents is None else extras.max_latents
-    if (extras.min_latents, extras.max_latents) != (None, None) and kind not in THINKS_FREELY:
-        raise Refused(
-            400, f"latent_sft: the number of latents of this model ({kind}) cannot be set.", param="latent_sft"
-        )
-    if not least <= most <= usual.most:
-        message = f"latent_sft: got {least} to {most} latents, expected min_latents <= max_latents <= {usual.most}."
-        raise Refused(400, message, param="latent_sft")
-    total = asked.max_completion_tokens
-    limits = Limits(least, most, min(usual.answer, asked.max_tokens or usual.answer))
-    sampling = None
-    if asked.temperature:
-        seed = secrets.randbits(31) if asked.seed is None else asked.seed % 2**43  # seeds of generators have 64 bits
-        top_k = max(asked.top_k or 0, 0)
-        sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p or 1.0, top_k=top_k, seed=seed)
-    n, changed = asked.n or 1, asyncio.Event()
-    watched = bool(asked.stream or asked.stops or total)
-    return [
-        Choice(
-            reasoner=service.reasoner,
-            job=Job(
-                prompt=prompt,
-                changed=changed,
-                sampling=sampling,
-                place=place,
-                limits=limits,
-                watched=watched,
-                alternatives=asked.alternatives,  # type: ignore[attr-defined]
-            ),
-            index=i * n + place,
-            stops=asked.stops,
-            most=total,
-            top=extras.top,
-            with_latents=extras.latents,
-        )
-        for i, prompt in enumerate(prompts)
-        for place in range(n)
-    ]
-
-
-async def _respond(
-    request: Request, service: Service, asked: Settings, prompts: list[list[int]], kind: type[Chat]
-) -> Response:
-    _check_model(service, asked.model)
-    started, worker, path = time.monotonic(), service.worker, request.url.path
-    choices = _jobs(service, asked, prompts)
-    jobs = [choice.job for choice in choices]
-    if len(jobs) > worker.capacity:
-        raise Refused(400, f"n: got {len(jobs)} choices, expected at most {worker.capacity}.", param="n")
-    if not worker.alive():
-        raise Refused(503, "the engine has ended.")
-    if not worker.submit(jobs):
-        raise Refused(429, "too many requests are waiting; try again later.", code="queue_full")
-    shape = kind(service.name, service.reasoner, asked.alternatives is not None)  # type: ignore[attr-defined]
-    status, length = CLOSED, sum(map(len, prompts))
-
-    def ended() -> None:
-        worker.release(jobs)
-        service.metrics.request(path, status)
-        service.metrics.ended(choices, started)
-
-    async def pieces() -> AsyncIterator[tuple[Choice, Piece]]:
-        unfinished = choices
-        try:
-            while unfinished:
-                async with asyncio.timeout(service.timeout - (time.monotonic() - started)):
-                    await jobs[0].changed.wait()
-                jobs[0].changed.clear()
-                for choice in unfinished:
-                    if choice.job.error is not None:
-                        raise Refused(500, "decoding failed; see the log of the server.")
-                    if choice.job.seen is not choice.taken:
-                        yield choice, choice.update()
-                worker.release([choice.job for choice in unfinished if choice.finish_reason])
-                unfinished = [choice for choice in unfinished if not choice.finish_reason]
-        except TimeoutError:
-            message = f"the answer was not there within {service.timeout:g} s."
-            raise Refused(504, message, code="timeout") from None
-
-    async def events() -> AsyncIterator[str]:
-        nonlocal status
-        try:
-            for choice in choices:
-                for part in shape.first(choice):
-                    yield _event(part)
-            async for choice, piece in pieces():
-                if piece.text == choice.text != "":
-                    service.metrics.began(started)
-                for part in shape.parts(choice, piece):
-                    yield _event(part)
-            if asked.stream_options and asked.stream_options.include_usage:
-                yield _event(shape.event([], usage=usage(length, choices)))
-            status = 200
-        except Refused as error:
-            status = error.status
-            yield _event(error.body())
-        yield "data: [DONE]\n\n"
-
-    if asked.stream:
-        return Stream(events(), ended)
-    gone = asyncio.create_task(_gone(request))
-    work = asyncio.create_task(_collect(pieces()))
-    try:
-        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=CLOSED)
-        work.result()
-        status = 200
-        return JSONResponse(shape.whole(length, choices))
-    except Refused as error:
-        status = error.status
-        return JSONResponse(error.body(), status)
-    finally:
-        gone.cancel()
-        work.cancel()
-        ended()
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-async def _collect(pieces: AsyncIterator[Any]) -> None:
-    async for _ in pieces:
-        pass
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -14,6 +14,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from latent_sft.errors import ConfigError
 from latent_sft.inference.engine import Decoded, Engine
 from latent_sft.inference.noise import Sampling
 from latent_sft.inference.show import Reasoner
@@ -79,7 +80,7 @@ class Worker:
         """Set up; `start` begins. Without `longest` prompts may be as long as the positions of the model allow.
 
         Raises:
-            ValueError: the model has no room for prompts of that length.
+            ConfigError: the model has no room for prompts of that length.
         """
         self.reasoner, self.batch_size, self.capacity = reasoner, batch_size, batch_size + most_waiting
         self.open: set[Job] = set()
@@ -88,8 +89,9 @@ class Worker:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
         room = (positions or math.inf) - self.limits.most - len(spec.end_think_ids) - self.limits.answer
         if not 1 <= (longest or 1) <= room:
-            raise ValueError(
-                f"got {longest}, expected 1 to {room}: the rest of {positions} positions is for the answer"
+            raise ConfigError(
+                f"--max-length: got {longest or 1}, expected 1 to {room}; the rest of the model's {positions} "
+                "positions is for thought and answer."
             )
         self.longest = longest or int(min(room, 2**20))
         self._inbox: SimpleQueue[tuple[str, Job] | None] = SimpleQueue()
