@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -144,7 +144,7 @@ class ChatRequest(Settings):
 class CompletionRequest(Settings):
     """The body of `/v1/completions`: prompts as they are, texts or token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str] | list[int] | list[list[int]], Field(min_length=1)]
     max_completion_tokens: None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
@@ -170,7 +170,8 @@ def read(kind: type[Settings], body: bytes) -> Any:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(map(str, first["loc"])) or None
+        # where several shapes are allowed, the one that went furthest is meant
+        first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        param = ".".join(str(part) for part in first["loc"] if part != "str" and "[" not in str(part)) or None
         message = first["msg"].removeprefix("Value error, ")
         raise Refused(400, f"{param}: {message}." if param else f"{message}.", param=param) from None
