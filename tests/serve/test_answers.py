@@ -1,4 +1,4 @@
-"""What the server answers is what the engine decodes: every way to think, whole or streamed, sampled, cut, alone or not."""
+"""What the server answers is what the engine decodes: all thinkers, whole or streamed, sampled, cut, in company."""
 
 from __future__ import annotations
 
