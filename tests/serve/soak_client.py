@@ -28,7 +28,7 @@ def one(port: int, draw: random.Random, expected: dict[str, str]) -> str:
         }
     text = draw.choice(BAD) if kind == "bad" else json.dumps(body)
     while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         try:
             connection.request(
                 "POST", PATH, text.encode(errors="surrogateescape"), {"Content-Type": "application/json"}
