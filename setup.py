@@ -67,6 +67,7 @@ setup(
         "deepspeed": ["deepspeed"],
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
+        "browser": ["playwright"],  # only to test the page of the server
         "dev": [
             "pytest",
             "pytest-timeout",
