@@ -18,7 +18,7 @@ from latent_sft import cli
 from latent_sft.errors import ArtefactError, ConfigError, DataError, ExportError, TrainingError
 from latent_sft.methods import STAGES
 
-VERBS = ["run", "train", "finish", "label", "eval", "report", "generate", "export", "plan", "config", "env"]
+VERBS = ["run", "train", "finish", "label", "eval", "report", "generate", "serve", "export", "plan", "config", "env"]
 
 
 class Calls(list[tuple[str, tuple[Any, ...], dict[str, Any]]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,17 +80,17 @@ class Noise:
         return self._rows[1]
 
     def _columns(self, own: list[Sampling]) -> RowSampling:
-        sampled = [row.temperature > 0 for row in own]
-        columns = (
-            [row.temperature if on else 1.0 for row, on in zip(own, sampled, strict=True)],
-            [row.top_p for row in own],
-            [row.top_k for row in own],
-            sampled,
-            [row.cuts for row in own],
+        def column(values: list[Any]) -> Tensor:
+            return torch.tensor(values, device=self._device)[:, None]
+
+        return RowSampling(
+            temperature=column([row.temperature or 1.0 for row in own]),
+            top_p=column([row.top_p for row in own]),
+            top_k=column([row.top_k for row in own]),
+            sampled=column([row.temperature > 0 for row in own]),
+            cuts=column([row.cuts for row in own]),
+            any_cuts=any(row.cuts and row.temperature > 0 for row in own),
         )
-        tensors = (torch.tensor(column, device=self._device)[:, None] for column in columns)
-        cut = any(row.cuts and on for row, on in zip(own, sampled, strict=True))
-        return RowSampling(*tensors, any_cuts=cut)
 
     def draw(self, requests: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
         """Return the next draws of each request (None: an idle slot, which draws nothing).
