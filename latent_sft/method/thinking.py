@@ -114,7 +114,8 @@ class Thinking:
         self.tokens = torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device)
         self.one = torch.zeros(self.kept, device=device)
         self.one[0] = 1.0
-        self.limits, self.waits = Limits(spec.min_latents, self.most_steps, spec.max_answer_tokens), False
+        least = min(spec.min_latents, self.most_steps)  # those that never think have the same spec
+        self.limits, self.waits = Limits(least, self.most_steps, spec.max_answer_tokens), False
 
     def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         """Take what this kind needs."""

@@ -24,7 +24,9 @@ from latent_sft.serve.protocol import ChatRequest, Refused, Settings
 from latent_sft.serve.shapes import Chat, usage
 from latent_sft.serve.worker import Job, Worker
 
+GREEDY_BELOW = 1e-3  # temperatures: logits divided by less are beyond what numbers can hold
 CLOSED = 499  # the client was gone; only metrics see it
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second is for proxies
 THINKS_FREELY = ("latent", "spans")  # thinkers whose number of latents can be set
 
 
@@ -44,7 +46,7 @@ class Stream(StreamingResponse):
     """A stream that always says when it is over, also where the client was gone before the first piece."""
 
     def __init__(self, content: AsyncIterator[str], ended: Callable[[], None]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(content, media_type="text/event-stream", headers=HEADERS)
         self.ended = ended
 
     async def __call__(self, *args: Any) -> None:
@@ -82,8 +84,10 @@ def raw_prompt(reasoner: Reasoner, prompt: str | list[int]) -> list[int]:
     """Return a prompt as it is, control tokens included; only the opening delimiter is added where it is missing."""
     ids, opening = prompt, list(reasoner.spec.think_ids)
     if isinstance(prompt, str):
-        ids = reasoner.tokenizer(prompt)["input_ids"]
-        ids = ids[:-1] if ids and ids[-1] == reasoner.tokenizer.eos_token_id and not prompt.endswith("</s>") else ids
+        tokenizer = reasoner.tokenizer
+        ids = tokenizer(prompt)["input_ids"]
+        if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
+            ids = ids[:-1]  # which some tokenizers put behind every text
     assert isinstance(ids, list)
     return ids if ids[-len(opening) :] == opening else ids + opening
 
@@ -114,7 +118,7 @@ def _jobs(service: Service, asked: Settings, prompts: list[list[int]]) -> list[C
     total = asked.max_completion_tokens
     limits = Limits(least, most, min(usual.answer, asked.max_tokens or usual.answer))
     sampling = None
-    if asked.temperature:
+    if (asked.temperature or 0) >= GREEDY_BELOW:
         seed = secrets.randbits(31) if asked.seed is None else asked.seed % 2**43  # seeds of generators have 64 bits
         top_k = max(asked.top_k or 0, 0)
         sampling = Sampling(temperature=asked.temperature, top_p=asked.top_p or 1.0, top_k=top_k, seed=seed)

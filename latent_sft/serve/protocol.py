@@ -27,7 +27,7 @@ NOT_AVAILABLE: dict[str, list[Any]] = {
     "suffix": [""],
     "best_of": [1],
 }
-MOST_CHOICES = 128
+MOST_CHOICES, MOST_STOPS = 128, 16
 MOST_ALTERNATIVES = 20
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -83,7 +83,7 @@ class Settings(Strict):
     top_k: int | None = Field(None, ge=-1)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -138,6 +138,10 @@ def create_app(service: Service) -> FastAPI:
         message = f"{request.method} {request.url.path}: {error.detail}."
         return JSONResponse(Refused(error.status_code, message).body(), error.status_code, error.headers)
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, Refused(500, "the server failed; see its log."))
+
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"

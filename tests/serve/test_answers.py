@@ -163,7 +163,7 @@ def test_limits_of_a_request(server: Running, writer: Running) -> None:
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:
-    reasoner = reasoner_of("none", endless=True)
+    reasoner = reasoner_of("none", endless=True, min_latents=2)
     spec, prompt = reasoner.spec, render_prompt(TOKENIZER, reasoner.spec, "2 + 3")
     with running(reasoner) as server:
         response = ask(server, "2 + 3", logprobs=True, top_logprobs=3)

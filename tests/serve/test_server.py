@@ -76,6 +76,7 @@ def until(what) -> None:
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
         ({"frequency_penalty": 0.5}, None, "frequency_penalty is not available here; leave it out"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
         ({"tools": [{"type": "function"}]}, None, "tools is not available here"),
         ({"temprature": 1}, "temprature", "Extra inputs are not permitted"),
         (
