@@ -171,7 +171,8 @@ def read(kind: type[Settings], body: bytes) -> Any:
         return kind.model_validate_json(body)
     except ValidationError as error:
         # where several shapes are allowed, the one that went furthest is meant
-        first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        every = error.errors(include_url=False, include_input=False)
+        first = max(every, key=lambda one: (len(one["loc"]), one["loc"][-1:] != ("str",)))
         param = ".".join(str(part) for part in first["loc"] if part != "str" and "[" not in str(part)) or None
         message = first["msg"].removeprefix("Value error, ")
         raise Refused(400, f"{param}: {message}." if param else f"{message}.", param=param) from None
