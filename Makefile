@@ -31,8 +31,8 @@ quickstart: setup ## train, measure and export a small latent reasoner on the CP
 test: setup ## the tests, under ten minutes on two cores; ARGS="-k name" goes to pytest
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: setup ## the tests marked slow; installs lm-eval, which one of them runs
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm-eval]'
+test-slow: setup ## the tests marked slow; installs lm-eval and playwright, which some of them run
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm-eval,browser]'
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)
 
 smoke: setup ## every stage for two steps, in a fresh runs/smoke

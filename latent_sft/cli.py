@@ -21,6 +21,7 @@ from latent_sft import __version__, data_verbs
 from latent_sft.data_verbs import load as _load
 from latent_sft.data_verbs import load_one as _load_one
 from latent_sft.errors import STOPPED, ConfigError, Interrupted, LatentSFTError, TrainingError, did_you_mean
+from latent_sft.serve.command import add_options, launch
 
 OK, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -127,6 +128,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     generate.add_argument("--noise-scale", type=float, metavar="X", help="Gumbel noise on the latents; none")
     generate.add_argument("--picture", type=Path, metavar="FILE", help="also draw the row: prompt, latents, answer")
     generate.add_argument("--top", type=int, default=5, metavar="K", help="tokens shown per latent (5)")
+    add_options(verb("serve", _serve, "answer over HTTP as OpenAI's servers do (extra [serve])"))
     harness = verb("lm-eval", _lm_eval, "lm-evaluation-harness on a checkpoint, with all its options")
     harness.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
     harness.add_argument(
@@ -292,6 +294,10 @@ def _generate(args: argparse.Namespace) -> None:
         if figure is None:
             raise ConfigError(f"--picture: {args.checkpoint} has not thought in latents, so there is no row to draw.")
         figure.savefig(args.picture, dpi=160)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    launch(args, lambda text: print(text, flush=True))
 
 
 def _lm_eval(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from latent_sft import cli
 from latent_sft.errors import ArtefactError, ConfigError, DataError, ExportError, TrainingError
 from latent_sft.methods import STAGES
 
-VERBS = "run train finish label eval report generate lm-eval export plan data sample config env".split()
+VERBS = "run train finish label eval report generate serve lm-eval export plan data sample config env".split()
 
 
 class Calls(list[tuple[str, tuple[Any, ...], dict[str, Any]]]):

@@ -133,33 +133,48 @@ def render_prompt(
     Raises:
         ConfigError: the chat template refuses these turns.
     """
+    if spec.prompt_template == CHAT:
+        return render_turns(tokenizer, spec, turns or [("user", problem)])
+    system = turns[0][1] if [role for role, _ in turns] == ["system", "user"] else spec.system_prompt
+    cut = _unused_character(problem + system)
+    body = _cut(_instructed(system, problem), _reserved(tokenizer, spec), cut)
+    # what the tokenizer itself puts in front of a text (beginning of sequence), without what it puts behind
+    bos = tokenizer.bos_token_id
+    before = [] if bos is None else [t for t in tokenizer("")["input_ids"][:1] if t == bos]
+    text = spec.prompt_template.replace("{problem}", body)
+    return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
+
+
+def render_turns(
+    tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, turns: Sequence[tuple[str, str]]
+) -> list[int]:
+    """Return the prompt of a conversation by the chat template, with the instruction of training if it has none.
+
+    Args:
+        tokenizer: of the model.
+        spec: settings; its template is the chat template.
+        turns: role and text of each.
+
+    Raises:
+        ConfigError: the chat template refuses these turns.
+    """
+    (role, first), *others = turns
+    if spec.system_prompt and role != "system":
+        inside = spec.system_placement == role == "user"
+        asked = _instructed(spec.system_prompt, first)
+        turns = [(role, asked), *others] if inside else [("system", spec.system_prompt), *turns]
+    cut = _unused_character("".join(text for _, text in turns) + str(tokenizer.chat_template))
     reserved = _reserved(tokenizer, spec)
-    said = [problem, spec.system_prompt, *(text for _, text in turns)]
-    cut = _unused_character("".join(said) + str(tokenizer.chat_template))
-    problem, system, *texts = (_cut(text, reserved, cut) for text in said)
-    roles = [role for role, _ in turns]
-    system = texts[0] if roles == ["system", "user"] else system
-    body = f"{system}\n{problem}" if system else problem
-    if spec.prompt_template != CHAT:
-        # what the tokenizer itself puts in front of a text (beginning of sequence), without what it puts behind
-        bos = tokenizer.bos_token_id
-        before = [] if bos is None else [t for t in tokenizer("")["input_ids"][:1] if t == bos]
-        text = spec.prompt_template.replace("{problem}", body)
-        return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
-    asked = [{"role": "user", "content": body}]
-    if system and spec.system_placement == "system":
-        asked = [{"role": "system", "content": system}, {"role": "user", "content": problem}]
-    if turns:
-        asked = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
-        if system and spec.system_placement == asked[0]["role"] == "user":
-            asked[0]["content"] = f"{system}\n{asked[0]['content']}"
-        elif system and asked[0]["role"] != "system":
-            asked.insert(0, {"role": "system", "content": system})
-    text = _render(tokenizer, asked, open_reply=True)
+    said = [{"role": role, "content": _cut(text, reserved, cut)} for role, text in turns]
+    text = _render(tokenizer, said, open_reply=True)
     opened = tokenizer.decode(spec.think_ids).strip()
     if opened and text.rstrip().endswith(opened):
         text = text.rstrip().removesuffix(opened)
     return _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
+
+
+def _instructed(system: str, problem: str) -> str:
+    return f"{system}\n{problem}" if system else problem
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, spec: LatentSpec | None = None) -> list[int]:

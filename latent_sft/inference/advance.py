@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_sft.inference.cache import SlotCache
-from latent_sft.inference.noise import Sampling, sample
+from latent_sft.inference.noise import RowSampling, Sampling, sample
 from latent_sft.method.thinking import Thinking, ThinkState, answer_phase
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
@@ -18,6 +18,8 @@ from latent_sft.models.logits import head
 # (request in each row, state `[B]`, logits `[B, V]`, uniform numbers `[B]` or None) -> the token `[B]` that each row
 # would write if it is answering
 Write = Callable[[Sequence[int | None], ThinkState, Tensor, Tensor | None], Tensor]
+# (request in each row, state `[B]` before the step, logits `[B, V]`, the token `[B]` chosen by them)
+Watch = Callable[[Sequence[int | None], ThinkState, Tensor, Tensor], None]
 
 
 class DecodeConfig(NamedTuple):
@@ -27,10 +29,11 @@ class DecodeConfig(NamedTuple):
         model: causal LM, perhaps wrapped by PEFT.
         thinking: what steps feed back, with the settings.
         longest: most columns a row may take.
-        sampling: None is greedy.
+        sampling: of requests that have none of their own; None is greedy.
         static: buffers of full size from the start, and the same shapes at every step.
         compiled: compile the step.
         write: chooses answer tokens; None takes the likeliest or, with `sampling`, samples.
+        watch: is shown what was chosen.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class DecodeConfig(NamedTuple):
     static: bool = False
     compiled: bool = False
     write: Write | None = None
+    watch: Watch | None = None
 
 
 class StepOutput(NamedTuple):
@@ -58,17 +62,18 @@ def advance(
     position: Tensor,
     mask: Any,
     state: ThinkState,
+    sampling: Sampling | RowSampling | None,
     token_noise: Tensor | None,
     latent_noise: Tensor | None,
     requests: Sequence[int | None] = (),
 ) -> StepOutput:
     """Run the model on `[B, T, D]` and choose what each row is fed next.
 
-    Pure but for the cache (and `config.write`).
+    Pure but for the cache (and `config.write` and `config.watch`).
     """
     if config.thinking.thoughts is not None:
         hidden = last_states(config.model, cache, embeds, position, mask)[:, -1]
-        return follow(config, hidden, position[:, -1:], state, token_noise, requests)
+        return follow(config, hidden, position[:, -1:], state, sampling, token_noise, requests)
     out = unwrap_peft(config.model)(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -78,8 +83,10 @@ def advance(
         logits_to_keep=1,
     )
     logits = out.logits[:, -1].to(embeds.device)
-    answers = _written(config, logits, token_noise, state, requests)
+    answers = _written(config, logits, sampling, token_noise, state, requests)
     fed, after = config.thinking.step(logits, state, answers, latent_noise)
+    if config.watch is not None:
+        config.watch(requests, state, logits, fed.ids[:, 0])
     plain = config.thinking.kept == 1
     following = embed(config.model, fed.ids) if plain else mix_latents(config.model, fed)[:, None]
     return StepOutput(fed, following.to(embeds.dtype), _next(position[:, -1:], after, config), after)
@@ -99,13 +106,16 @@ def follow(
     hidden: Tensor,
     position: Tensor,
     state: ThinkState,
+    sampling: Sampling | RowSampling | None,
     token_noise: Tensor | None,
     requests: Sequence[int | None] = (),
 ) -> StepOutput:
     """Choose what each row is fed after its last hidden state `[B, D]` at `[B, 1]`, where thoughts are such states."""
     logits = head(config.model)(hidden).to(hidden.device)
-    answers = _written(config, logits, token_noise, state, requests)
+    answers = _written(config, logits, sampling, token_noise, state, requests)
     fed, after = config.thinking.step(logits, state, answers)
+    if config.watch is not None:
+        config.watch(requests, state, logits, fed.ids[:, 0])
     written = embed(config.model, fed.ids[:, 0])
     thought = config.thinking.thoughts(hidden).to(written.dtype)
     thinks = after.num_steps > state.num_steps
@@ -124,18 +134,22 @@ def copied(output: StepOutput) -> StepOutput:
 
 
 def _written(
-    config: DecodeConfig, logits: Tensor, noise: Tensor | None, state: ThinkState, requests: Sequence[int | None]
+    config: DecodeConfig,
+    logits: Tensor,
+    sampling: Sampling | RowSampling | None,
+    noise: Tensor | None,
+    state: ThinkState,
+    requests: Sequence[int | None],
 ) -> Tensor | None:
     if config.write is not None:
         return config.write(requests, state, logits, noise)
-    if noise is None:
+    if sampling is None or noise is None:
         return None
-    assert config.sampling is not None
     # on a CPU sorting the vocabulary costs more than this look; a GPU would be waited for; compiled code must not look
     looks = not config.thinking.written and not config.compiled and logits.device.type == "cpu"
     if looks and not (state.phase == answer_phase(config.thinking.spec)).any():
         return None
-    return sample(logits, noise, config.sampling)
+    return sample(logits, noise, sampling)
 
 
 def _next(position: Tensor, after: ThinkState, config: DecodeConfig) -> Tensor:

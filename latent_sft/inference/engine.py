@@ -8,14 +8,14 @@ is in `inference.slots`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latent_sft.inference.advance import DecodeConfig, Write
+from latent_sft.inference.advance import DecodeConfig, Watch, Write
 from latent_sft.inference.noise import Sampling
 from latent_sft.inference.slots import Finished, Request, Slots
 from latent_sft.method.soft import SoftThinking
@@ -25,6 +25,7 @@ from latent_sft.method.thinking import (
     ExplicitThinking,
     HiddenStateThinking,
     LatentThinking,
+    Limits,
     MixtureThinking,
     NoThinking,
     Thinking,
@@ -34,6 +35,7 @@ from latent_sft.method.types import LatentSpec, Superposition
 from latent_sft.models.backbone import embed, mix_latents, unwrap_peft
 from latent_sft.models.thoughts import placeholders
 
+SPARE = 4  # slots per row in work that are kept while requests may come
 # names of ways of thinking, as in `thinker.json`
 THINKERS: dict[str, type[Thinking]] = {
     "none": NoThinking,
@@ -94,6 +96,7 @@ class Engine:
         batch_size: int = 64,
         sampling: Sampling | None = None,
         write: Write | None = None,
+        watch: Watch | None = None,
         static: bool = False,
         compile: bool = False,
         max_cot_tokens: int = 512,
@@ -106,9 +109,10 @@ class Engine:
             spec: settings.
             thinker: one of THINKERS.
             longest: most tokens of a prompt, given latents counted.
-            batch_size: slots.
+            batch_size: slots at most; there are as many as requests need, in powers of two.
             sampling: see `generate`.
             write: see `generate`.
+            watch: is shown every step what was chosen from which logits.
             static: see `generate`.
             compile: see `generate`.
             max_cot_tokens: see `generate`.
@@ -128,7 +132,7 @@ class Engine:
         self.thinking = thinking = kind(spec, device, max_tokens=max_cot_tokens, **needed)
         columns = longest + thinking.most_steps + len(spec.end_think_ids) + spec.max_answer_tokens
         self.slots = Slots(
-            DecodeConfig(model, thinking, columns, sampling, static or compile, compile, write), batch_size
+            DecodeConfig(model, thinking, columns, sampling, static or compile, compile, write, watch), batch_size
         )
         self.queue: deque[Request] = deque()
         self._requests: dict[int, Request] = {}
@@ -154,7 +158,14 @@ class Engine:
             self.thinking.thoughts.train(thoughts_trained)
 
     def add(
-        self, prompt: Sequence[int], latents: Superposition | Tensor | None = None, number: int | None = None
+        self,
+        prompt: Sequence[int],
+        latents: Superposition | Tensor | None = None,
+        number: int | None = None,
+        *,
+        sampling: Sampling | None = None,
+        place: int = 0,
+        limits: Limits | None = None,
     ) -> int:
         """Put a request at the end of the queue.
 
@@ -162,12 +173,15 @@ class Engine:
             prompt: token ids, ending with the opening delimiter.
             latents: fed in place of thinking, see `generate`; not where latents are thought at once.
             number: which no other request in the engine has; together with the seed it decides its draws.
+            sampling: of this request, in place of the engine's; its `latent_noise` does not count.
+            place: with `sampling`, in place of the number: the draws are those of this problem of a call with its seed.
+            limits: within those of the engine.
 
         Returns:
             The number, by default the next one.
 
         Raises:
-            ValueError: a prompt that is empty, too long, or holds an id that is none.
+            ValueError: a prompt that is empty, too long, or holds an id that is none, or limits beyond the engine's.
         """
         end, thinking = len(self.spec.end_think_ids), self.thinking
         length = len(prompt) + num_given(latents)
@@ -177,11 +191,16 @@ class Engine:
             raise ValueError(f"prompt: got the token id {wrong[0]}, expected ids below {self.spec.vocab_size}.")
         if latents is not None and thinking.at_once:
             raise ValueError("latents: cannot be given where they are thought at once; use thinker='none'.")
+        own, most = limits or thinking.limits, thinking.limits
+        if limits and not (0 <= own.least <= own.most <= most.most and 1 <= own.answer <= most.answer):
+            raise ValueError(f"limits: got {own}, expected 0 <= least <= most and at most {most}.")
         answers = latents is not None or thinking.at_once > 0
         size = length + thinking.at_once + (end if answers else 0)
         number = self._next if number is None else number
         self._next = max(self._next, number + 1)
-        request = Request(number, list(prompt), latents, size, answer_phase(self.spec) if answers else THINK)
+        if sampling is not None:
+            self.slots.noise.own(number, sampling, place)
+        request = Request(number, list(prompt), latents, size, answer_phase(self.spec) if answers else THINK, own)
         self._requests[number] = request
         self.queue.append(request)
         return number
@@ -197,15 +216,16 @@ class Engine:
         """Read waiting prompts into free slots, and call the model once for all rows in work.
 
         Args:
-            more: requests may still be added; False gives up slots that no row needs.
+            more: requests may still be added; slots that no row needs are then given up later.
             always: call the model also where no row is in work.
 
         Returns:
             What requests that were found done produced, by their numbers.
         """
         self.slots.admit(self.queue, self._prefix)
-        found = {row.number: self._decoded(row) for row in self.slots.collect_finished()}
-        self.slots.compact(more or bool(self.queue))
+        done = self.slots.collect_finished()
+        found = {row.number: self._decoded(row, self._requests.pop(row.number).latents) for row in done}
+        self.slots.compact(0 if self.queue else SPARE if more else 2)
         if always or self.slots.live():
             self.slots.step()
         return found
@@ -213,6 +233,17 @@ class Engine:
     def busy(self) -> bool:
         """Return whether requests are waiting or in work."""
         return bool(self._requests)
+
+    def peek(self, numbers: Iterable[int]) -> dict[int, Decoded]:
+        """Return what those of the requests that are in work have produced so far; nothing between two looks.
+
+        Explicit thinking counts a delimiter as a thought until it is complete.
+        """
+        if self.slots.steps % self.slots.look_every:
+            return {}
+        where = {number: slot for slot, number in enumerate(self.slots.requests) if number is not None}
+        rows = self.slots.rows([where[number] for number in numbers if number in where])
+        return {row.number: self._decoded(row, self._requests[row.number].latents) for row in rows}
 
     def _prefix(self, requests: list[Request]) -> tuple[Tensor, Tensor]:
         """Return left-padded prefix embeddings `[B, W, D]` and which positions are real `[B, W]`."""
@@ -240,9 +271,9 @@ class Engine:
             embeds[b, end - len(fed) : end] = fed.to(embeds.dtype)
         return embeds, torch.arange(width, device=device) >= width - lengths[:, None]
 
-    def _decoded(self, row: Finished) -> Decoded:
+    def _decoded(self, row: Finished, given: Superposition | Tensor | None) -> Decoded:
         """Cut what a row was fed into thought, `</think>` and answer."""
-        steps, spec, given = row.num_steps, self.spec, self._requests.pop(row.number).latents
+        steps, spec = row.num_steps, self.spec
         # an EOS while thinking ends the row before any delimiter
         between = len(spec.end_think_ids) if given is None and row.num_answer else 0
         length = steps + between + row.num_answer

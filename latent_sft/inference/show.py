@@ -37,11 +37,13 @@ class ShownLatent:
         entropy: of its weights, in nats.
         tokens: `(text, weight)`, the heaviest first.
         span: the text that it stands for, where latents stand for spans of the CoT.
+        ids: of the tokens.
     """
 
     entropy: float
     tokens: list[tuple[str, float]]
     span: str = ""
+    ids: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,11 +183,12 @@ class Reasoner:
         return dataclasses.replace(self, spec=spec, thinker=how)
 
 
-def load(checkpoint: str | Path) -> Reasoner:
-    """Load a checkpoint, on the GPU where there is one.
+def load(checkpoint: str | Path, device: str | None = None) -> Reasoner:
+    """Load a checkpoint.
 
     Args:
         checkpoint: folder of a finished stage (`runs/NAME/STAGE/final`), exported folder, or Hub name of one.
+        device: as torch names it; the GPU where there is one by default.
 
     Raises:
         ArtefactError: not a checkpoint of this package, or damaged.
@@ -194,10 +197,10 @@ def load(checkpoint: str | Path) -> Reasoner:
     folder = local_folder(checkpoint)
     spec = read_spec(folder)
     config = ModelConfig(dtype=_dtype(folder))  # type: ignore[arg-type]  # one of DTYPES
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(folder, config)
     try:
-        thinker = load_saved(folder, config, spec, None, device)
+        thinker = load_saved(folder, config, spec, None, where)
     except FileNotFoundError as error:
         raise ArtefactError(
             f"{checkpoint}: {THOUGHTS_FILE} is missing; a model that thinks in hidden states cannot run without it."
@@ -251,21 +254,33 @@ def as_table(solution: Solution) -> str:
     return capture.get().rstrip("\n")
 
 
+def shown_latents(
+    decoded: Decoded, thinker: str, tokenizer: PreTrainedTokenizerBase, top: int, first: int = 0
+) -> list[ShownLatent]:
+    """Return the latents from the `first` on for reading, with the `top` heaviest tokens of each."""
+    if decoded.latent_ids is None or decoded.latent_weights is None:
+        return []
+    latents = []
+    every = Superposition(decoded.latent_ids[first:], decoded.latent_weights[first:])
+    spans = decoded.spans[first:] if THINKERS[thinker].readable and decoded.spans else [[]] * len(every.ids)
+    for ids, weights, nats, span in zip(*every, entropy(every).tolist(), spans, strict=True):
+        heaviest = weights.argsort(descending=True)[:top]  # noise changes the weights and not the order of the ids
+        chosen = ids[heaviest].tolist()
+        pairs = zip(chosen, weights[heaviest].tolist(), strict=True)
+        tokens = [(str(tokenizer.decode([token])), round(weight, 4)) for token, weight in pairs]
+        text = str(tokenizer.decode(span)) if span else ""
+        latents.append(ShownLatent(entropy=round(nats, 4), tokens=tokens, span=text, ids=chosen))
+    return latents
+
+
 def _solution(problem: str, decoded: Decoded, thinker: str, tokenizer: PreTrainedTokenizerBase, top: int) -> Solution:
-    latents, every = [], None
+    every = None
     if decoded.latent_ids is not None and decoded.latent_weights is not None:
         every = Superposition(decoded.latent_ids, decoded.latent_weights)
-        spans = decoded.spans if THINKERS[thinker].readable and decoded.spans else [[]] * len(every.ids)
-        for ids, weights, nats, span in zip(*every, entropy(every).tolist(), spans, strict=True):
-            heaviest = weights.argsort(descending=True)[:top]  # noise changes the weights and not the order of the ids
-            pairs = zip(ids[heaviest].tolist(), weights[heaviest].tolist(), strict=True)
-            tokens = [(str(tokenizer.decode([token])), round(weight, 4)) for token, weight in pairs]
-            text = str(tokenizer.decode(span)) if span else ""
-            latents.append(ShownLatent(entropy=round(nats, 4), tokens=tokens, span=text))
     return Solution(
         problem=problem,
         thinker=thinker,
-        latents=latents,
+        latents=shown_latents(decoded, thinker, tokenizer, top),
         thought=str(tokenizer.decode(decoded.thought_ids)) if THINKERS[thinker].readable else "",
         answer=str(tokenizer.decode(decoded.answer_ids)).strip(),
         num_steps=decoded.num_steps,

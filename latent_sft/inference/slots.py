@@ -20,7 +20,7 @@ from latent_sft.inference.cache import Reading, SlotCache, Windows, prompt_mask,
 from latent_sft.inference.jacobi import said, think_at_once
 from latent_sft.inference.noise import Noise
 from latent_sft.method.masks import to_additive
-from latent_sft.method.thinking import ThinkState, answer_phase
+from latent_sft.method.thinking import Limits, ThinkState, answer_phase
 from latent_sft.method.types import Superposition
 from latent_sft.models.backbone import embed, unwrap_peft
 
@@ -47,6 +47,7 @@ class Request(NamedTuple):
         latents: given in place of thinking, see `generate`; None where the row thinks.
         size: columns of its prefix: prompt, given latents and `</think>` behind them.
         phase: in which its row starts.
+        limits: of its row.
     """
 
     number: int
@@ -54,10 +55,11 @@ class Request(NamedTuple):
     latents: Any
     size: int
     phase: int
+    limits: Limits
 
 
 class Finished(NamedTuple):
-    """A row that is done: its request, everything it was fed `[T, K]`, latents or tokens, and answer tokens.
+    """A row that is done, or how far it got: request, all it was fed `[T, K]`, latents or tokens, and answer tokens.
 
     Of thoughts in hidden states `fed` holds what they say, and `thoughts` `[M, D]` what was fed.
     """
@@ -73,6 +75,7 @@ class Slots:
     """The rows in work.
 
     Attributes:
+        count: slots at most.
         requests: the number of the request in each slot, or None.
         begin: first column of each slot's row.
         width: columns of its prompt.
@@ -83,6 +86,7 @@ class Slots:
         self.config, self.thinking = config, config.thinking
         lm = unwrap_peft(config.model)
         self.device = lm.get_input_embeddings().weight.device  # of a model that is spread over several, too
+        self.count, count = count, count if config.static else 1
         # rows that run as long as they may would otherwise have everything moved at every step
         self.most = config.longest + WASTE
         capacity = self.most if config.static else min(self.most, FIRST_COLUMNS)
@@ -124,6 +128,7 @@ class Slots:
             queue: in the order in which they are read. With the longest first, nothing ever moves to the right.
             prefix: requests -> left-padded `[n, W, D]` and which of it is real `[n, W]`.
         """
+        self._widen(len(self.live()) + len(queue))
         free = [slot for slot, number in enumerate(self.requests) if number is None]
         slots = len(self.requests)
         if not queue or len(free) < min(len(queue), -(-slots // ADMIT)):
@@ -149,11 +154,11 @@ class Slots:
         lengths = real.sum(1)
         position = (real.cumsum(1) - 1).clamp(min=0)
         numbers = [request.number for request in requests]
-        draws = self.noise.draw(numbers)
-        before = self.thinking.start([request.phase for request in requests])
+        draws = self.noise.settings(numbers), *self.noise.draw(numbers)
+        before = self.thinking.start([r.phase for r in requests], [r.limits for r in requests])
         if self.thinking.at_once:
             before = before._replace(num_steps=before.num_steps + self.thinking.at_once)
-            output = self._think_at_once(where, embeds, real, position, before, draws[0], numbers)
+            output = self._think_at_once(where, embeds, real, position, before, draws[:2], numbers)
             lengths = lengths - self.thinking.at_once - len(self.thinking.spec.end_think_ids)
         else:
             mask = self._prompt_mask(real, embeds.dtype, 0, width)
@@ -186,7 +191,7 @@ class Slots:
         real: Tensor,
         position: Tensor,
         state: ThinkState,
-        noise: Tensor | None,
+        draws: tuple[Any, Tensor | None],
         numbers: list[int],
     ) -> StepOutput:
         """Read prompts and think all their latents; these and `</think>` end up in the trace as if fed in steps."""
@@ -210,7 +215,7 @@ class Slots:
             buffer[where, start : start + count] = values.to(buffer.dtype)
         ids[where, start + count : stop] = end[:, None]
         weights[where, start + count : stop] = thinking.one
-        return follow(self.config, thought.hidden, position[:, -1:], state, noise, numbers)
+        return follow(self.config, thought.hidden, position[:, -1:], state, *draws, numbers)
 
     def _keep_thoughts(self, where: Tensor | None, before: ThinkState, output: StepOutput) -> None:
         """Store the hidden states that rows (None: all) are fed next."""
@@ -243,8 +248,10 @@ class Slots:
             self.position,
             mask,
             self.state,
+            self.noise.settings(self.requests),
             *self.noise.draw(self.requests),
-            () if config.write is None else self.requests,  # compiled code would be made anew for other numbers
+            # compiled code would be made anew for other numbers
+            () if config.write is None and config.watch is None else self.requests,
         )
         if config.compiled:  # CUDA graphs write the next result over this one
             output = copied(output)
@@ -261,7 +268,13 @@ class Slots:
         if self.steps % self.look_every and not full:
             return []
         phases = self.state.phase.tolist()
-        slots = [slot for slot in self.live() if phases[slot] == self.done]
+        finished = self.rows([slot for slot in self.live() if phases[slot] == self.done])
+        for row in finished:
+            self.cancel(row.number)
+        return finished
+
+    def rows(self, slots: list[int]) -> list[Finished]:
+        """Return what rows in work were fed so far, and what they are fed next."""
         if not slots:
             return []
         first = min(self.begin[slot] + self.width[slot] for slot in slots)
@@ -276,18 +289,24 @@ class Slots:
             fed = Superposition(ids[row, start:], weights[row, start:])
             thoughts = None if self.thoughts is None else self.thoughts[slot, :-1].clone().float().cpu()
             finished.append(Finished(number, fed, num_steps[slot], num_answer[slot], thoughts))
-            self.cancel(number)
         return finished
 
-    def compact(self, more: bool) -> None:
-        """Give up columns that no row uses and, where nothing is left to come, slots that no row uses."""
+    def compact(self, spare: int) -> None:
+        """Give up columns that no row uses, and such slots where `spare` times the rows fit into all (0: keep them)."""
         live = self.live()
         if not live or self.config.static:
             return
-        few = not more and 2 * len(live) <= len(self.requests)
+        few = 0 < spare * len(live) <= len(self.requests)
         unused = min(self.begin[slot] for slot in live)
         if few or unused >= max(WASTE, (self.cache.column - unused) // 2):
             self._pack(rows=live if few else None)
+
+    def _widen(self, rows: int) -> None:
+        """Make more slots, a power of two, where so many rows have none; what is in new ones does not count."""
+        slots, wanted = len(self.requests), min(self.count, 1 << (rows - 1).bit_length()) if rows else 0
+        if wanted > slots:
+            self._move(0, self.cache.capacity, [*range(slots), *[0] * (wanted - slots)])
+            self.requests[slots:] = [None] * (wanted - slots)
 
     def _pack(self, rows: list[int] | None = None, grow: bool = False) -> None:
         """Move everything to the left; drop all slots but `rows`; with `grow`, more columns if that gave too few."""

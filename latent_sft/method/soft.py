@@ -50,14 +50,14 @@ class SoftThinking(Thinking):
         mixture = mixture_of(logits, total, soft, self.kept)
         top = mixture.ids[:, 0]
         thinking = state.phase == THINK
-        continues = thinking & (state.num_steps < self.most_steps)
+        continues = thinking & (state.num_steps < state.most)
         if soft.cold_stop_entropy > 0:
             nats = torch.special.entr((scaled - total).exp()).sum(-1)
             state = state._replace(cold=torch.where(nats < soft.cold_stop_entropy, state.cold + 1, 0))
             continues = continues & (state.cold < soft.cold_stop_steps)
         if draws is not None:
             mixture = _noisy(mixture, draws, soft, self.spec.end_think_ids[0])
-        token, after = self._spelled(thinking, continues, top, state, top if answers is None else answers)
+        token, after = self._spelled(thinking, continues, top, state, self._chosen(top, answers))
         spells = _spells(after.recent, self.tokens[: answer_phase(self.spec)])
         return self._mixed(continues & ~spells, mixture, token), after
 

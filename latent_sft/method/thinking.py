@@ -15,6 +15,7 @@ small operations at every step, hence their number is kept down.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -31,6 +32,14 @@ def answer_phase(spec: LatentSpec) -> int:
     return len(spec.end_think_ids)
 
 
+class Limits(NamedTuple):
+    """How long a row may think and answer: steps of thinking at least and at most, and answer tokens at most."""
+
+    least: int
+    most: int
+    answer: int
+
+
 class ThinkState(NamedTuple):
     """State of all rows.
 
@@ -40,6 +49,9 @@ class ThinkState(NamedTuple):
         num_answer: `[B]` answer tokens so far, EOS included.
         recent: `[B, E]` the last E explicit tokens, for matching the delimiter.
         cold: `[B]` steps in a row that were sure of their token (Soft Thinking).
+        least: `[B]` see `Limits`, as are the next two.
+        most: `[B]`; of no use where there are always as many steps.
+        answer: `[B]`.
     """
 
     phase: Tensor
@@ -47,6 +59,9 @@ class ThinkState(NamedTuple):
     num_answer: Tensor
     recent: Tensor
     cold: Tensor
+    least: Tensor
+    most: Tensor
+    answer: Tensor
 
 
 class Thinking:
@@ -65,6 +80,8 @@ class Thinking:
         at_once: so many latents are thought while the prompt is read; 0 where they come one by one.
         tokens: `[E+2]` what a row is fed at each phase: `</think>`, (the answer), padding.
         one: `[K]` weights of a plain token.
+        limits: of a row that has none of its own.
+        waits: some rows must not stop thinking at once.
     """
 
     title: ClassVar[str] = "latent tokens"
@@ -97,16 +114,25 @@ class Thinking:
         self.tokens = torch.tensor([*spec.end_think_ids, spec.pad_id, spec.pad_id], device=device)
         self.one = torch.zeros(self.kept, device=device)
         self.one[0] = 1.0
+        least = min(spec.min_latents, self.most_steps)  # those that never think have the same spec
+        self.limits, self.waits = Limits(least, self.most_steps, spec.max_answer_tokens), False
 
     def _prepare(self, thoughts: Any, mixture: Mixing | None) -> None:
         """Take what this kind needs."""
 
-    def start(self, phases: list[int]) -> ThinkState:
-        """Return the state of rows whose prompt was read and whose next logits belong to these phases."""
+    def start(self, phases: list[int], limits: Sequence[Limits] = ()) -> ThinkState:
+        """Return the state of rows whose prompt was read and whose next logits belong to these phases.
+
+        Args:
+            phases: of each row.
+            limits: of each row; empty where they are those of the settings.
+        """
         phase = torch.tensor(phases, device=self.device)
+        own = torch.tensor(limits or [self.limits] * len(phases), device=self.device)
+        self.waits = self.waits or any(row.least for row in limits or [self.limits])
         zeros = torch.zeros_like(phase)
         recent = torch.full((len(phases), len(self.spec.end_think_ids)), -1, device=self.device)
-        return ThinkState(phase, zeros, zeros, recent, zeros)
+        return ThinkState(phase, zeros, zeros, recent, zeros, *own.unbind(1))
 
     def num_draws(self, noise: bool) -> int:
         """Return the entries that Gumbel noise is drawn for at every step; `noise`: whether latents may have it."""
@@ -120,7 +146,8 @@ class Thinking:
         Args:
             logits: `[B, V]` at the last position of each row.
             state: see ThinkState.
-            answers: `[B]` the token each row would write if it is answering (or thinks in tokens); None is the argmax.
+            answers: `[B]` the token each row would write if it is answering (or thinks in tokens); -1, or None for all,
+                is the argmax.
             draws: `[R, B, num_draws]` Gumbel noise, or None for no noise.
 
         Returns:
@@ -137,6 +164,10 @@ class Thinking:
         """Return the tokens that each of the latents `[n, K]` of a thought stands for: its first."""
         return latents.ids[:, :1].tolist()
 
+    def _chosen(self, top: Tensor, answers: Tensor | None) -> Tensor:
+        """Return the token `[B]` that each row would write: the given one, or the likeliest."""
+        return top if answers is None else torch.where(answers < 0, top, answers)
+
     def _plain(
         self, thinking: Tensor, continues: Tensor, state: ThinkState, answers: Tensor
     ) -> tuple[Tensor, ThinkState]:
@@ -145,7 +176,7 @@ class Thinking:
         answering = state.phase == answer
         token = torch.where(answering, answers, self.tokens[state.phase])
         num_answer = state.num_answer + answering
-        moves = answering & ((token == self.spec.eos_id) | (num_answer >= self.spec.max_answer_tokens))
+        moves = answering & ((token == self.spec.eos_id) | (num_answer >= state.answer))
         if answer > 1:
             moves = moves | ((state.phase > THINK) & (state.phase < answer))
         phase = state.phase + (moves | (thinking & ~continues))
@@ -196,9 +227,9 @@ class LatentThinking(Thinking):
     ) -> tuple[Superposition, ThinkState]:
         """See `Thinking.step`."""
         spec, end = self.spec, self.spec.end_think_ids[0]
-        if spec.exclude_end or spec.min_latents > 0:
+        if spec.exclude_end or self.waits:
             # where thinking goes on although the end token is the top-1 (min_latents), it may not be part of the latent
-            held = True if spec.exclude_end else state.num_steps < spec.min_latents
+            held = True if spec.exclude_end else state.num_steps < state.least
             kept, ids, top = largest_but(logits, self.width, end, held)
         else:
             kept, ids = largest(logits, self.width)
@@ -214,11 +245,11 @@ class LatentThinking(Thinking):
                 end_id=end,
             )
         stops = top == end
-        if spec.min_latents > 0:
-            stops = stops & (state.num_steps >= spec.min_latents)
+        if self.waits:
+            stops = stops & (state.num_steps >= state.least)
         thinking = state.phase == THINK
-        continues = thinking & ~(stops | (state.num_steps >= spec.max_latents))
-        token, after = self._plain(thinking, continues, state, top if answers is None else answers)
+        continues = thinking & ~(stops | (state.num_steps >= state.most))
+        token, after = self._plain(thinking, continues, state, self._chosen(top, answers))
         return self._mixed(continues, self.fed(latent), token), after
 
 
@@ -236,10 +267,9 @@ class ExplicitThinking(Thinking):
         self, logits: Tensor, state: ThinkState, answers: Tensor | None = None, draws: Tensor | None = None
     ) -> tuple[Superposition, ThinkState]:
         """See `Thinking.step`."""
-        if answers is None:
-            answers = largest(logits, 1)[1][:, 0]
+        answers = self._chosen(largest(logits, 1)[1][:, 0], answers)
         thinking = state.phase == THINK
-        continues = thinking & (state.num_steps < self.most_steps)
+        continues = thinking & (state.num_steps < state.most)
         token, after = self._spelled(thinking, continues, answers, state, answers)
         return Superposition(token[:, None], self.one.expand(len(token), 1)), after
 
@@ -263,7 +293,7 @@ class FixedThinking(Thinking):
         said = self.said(logits)
         thinking = state.phase == THINK
         continues = thinking & (state.num_steps < self.most_steps)
-        token, after = self._plain(thinking, continues, state, said.ids[:, 0] if answers is None else answers)
+        token, after = self._plain(thinking, continues, state, self._chosen(said.ids[:, 0], answers))
         return self._mixed(continues, said, token), after
 
 

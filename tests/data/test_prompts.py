@@ -19,7 +19,7 @@ from latent_sft.config.experiment import Config
 from latent_sft.config.schema import LatentConfig, PromptConfig, TinyModelConfig
 from latent_sft.data.dataset import tokenizer_fingerprint
 from latent_sft.data.formats import Record
-from latent_sft.data.prompts import build_spec, encode_text, fix_date, render_prompt, tokenize_record
+from latent_sft.data.prompts import build_spec, encode_text, fix_date, render_prompt, render_turns, tokenize_record
 from latent_sft.errors import ConfigError, DataError
 from latent_sft.method.types import LatentSpec
 from latent_sft.models.tiny_tokenizer import build_tokenizer
@@ -129,6 +129,32 @@ def test_system_placement() -> None:
     assert tokenizer.decode(render_prompt(tokenizer, system, "p")) == (
         f"{start}system\nBe brief.{end}\n{start}user\np{end}\n{start}assistant\n<think>"
     )
+
+
+def test_a_conversation_is_rendered_as_the_chat_template_does_with_the_instruction_of_training() -> None:
+    def said(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
+        return [(turn["role"], turn["content"]) for turn in turns]
+
+    tokenizer = make_tokenizer(ROLE_LINES)
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "2 and 3"), ("assistant", "5"), ("user", "2?"))
+    ]
+    for placement, expected in (
+        ("system", [{"role": "system", "content": "be <|end|>"}, *turns]),
+        ("user", [{"role": "user", "content": "be <|end|>\n2 and 3"}, *turns[1:]]),
+    ):
+        spec = make_spec(tokenizer, template="chat", system="be <|end|>", system_placement=placement)
+        ids = render_turns(tokenizer, spec, said(turns))
+        assert ids[-len(spec.think_ids) :] == list(spec.think_ids)
+        rendered = tokenizer.apply_chat_template(expected, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(ids[: -len(spec.think_ids)]) == rendered
+        # the text in the instruction that spells a control token is not one: three turns and the one to be answered
+        ends = ids.count(tokenizer.convert_tokens_to_ids("<|end|>"))
+        assert ends == rendered.count("<|end|>") - 1 == len(expected)
+        own = [{"role": "system", "content": "count"}, *turns]
+        assert render_turns(tokenizer, spec, said(own))[: -len(spec.think_ids)] == tokenizer.apply_chat_template(
+            own, add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_a_template_that_opens_the_thinking_is_not_given_it_twice() -> None:

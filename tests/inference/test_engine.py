@@ -13,6 +13,7 @@ from inference.test_thoughts import PARALLEL, SEQUENTIAL, thoughts_of
 from latent_sft.inference.cache import SlotCache
 from latent_sft.inference.engine import Decoded, Engine
 from latent_sft.inference.generate import Sampling, generate
+from latent_sft.method.thinking import Limits
 from latent_sft.method.types import Soft, Superposition
 
 WAYS = {
@@ -94,15 +95,80 @@ def test_requests_with_given_latents_share_the_batch_with_others():
         assert found[2 * i + 1].answer_ids == row.answer_ids and found[2 * i + 1].num_steps == row.num_steps
 
 
-def test_slots_are_kept_for_requests_to_come():
+def test_slots_are_as_many_as_the_load_asks_for():
     model, rows = model_of("llama"), []
     model.register_forward_pre_hook(lambda _m, _a, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True)
-    with Engine(model, SPEC, thinker="latent", longest=9, batch_size=4) as engine:
-        for _ in range(2):
-            engine.add(PROMPTS[0])
+    with Engine(model, SPEC, thinker="latent", longest=9, batch_size=6) as engine:
+        for count in (1, 3, 9, 1):
+            for _ in range(count):
+                engine.add(PROMPTS[0])
+            rows.append(f"{count} more")
             while engine.busy():
                 engine.step()
-    assert rows[-1] == 4
+    widths = [[*dict.fromkeys(part.split())] for part in " ".join(map(str, rows)).split("more")[1:]]
+    # of the prompts first, then of all slots: the next power of two, or all; four times too many are given up
+    assert widths == [["1", "3"], ["3", "4", "9"], ["6", "3", "1"], ["1"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_request_has_sampling_and_limits_of_its_own(way):
+    model = model_of("llama").double()
+    options = options_of(way, model)
+    if "thoughts" in options:
+        options["thoughts"] = options["thoughts"].double()
+    settings = [
+        (None, None),
+        (Sampling(temperature=1.3, seed=3), Limits(0, 2, 9)),
+        (Sampling(temperature=0.9, top_p=0.8, top_k=7, seed=4), None),
+        (Sampling(temperature=2.0, top_k=3, seed=3), Limits(0, 1, 2)),
+        (None, Limits(2, 2, 3)),
+    ]
+    fixed = way in ("sequential", "parallel")  # they always think as many steps
+
+    def alone(prompt, sampling, limits):
+        spec = LIMITS
+        if limits is not None:
+            spec = dataclasses.replace(
+                spec, min_latents=limits.least, max_latents=limits.most, max_answer_tokens=limits.answer
+            )
+        capped = options | ({"max_cot_tokens": limits.most} if limits and "max_cot_tokens" in options else {})
+        return generate(model, spec, [prompt] * 3, sampling=sampling, **capped)[2]
+
+    with Engine(model, LIMITS, longest=9, batch_size=3, **options) as engine:
+        if fixed:
+            settings = [(s, limits and limits._replace(least=0, most=4)) for s, limits in settings]
+        asked = [(prompt, *own) for own in settings for prompt in PROMPTS]
+        for prompt, sampling, limits in asked:
+            engine.add(prompt, sampling=sampling, place=2, limits=limits)
+        found = {}
+        while engine.busy():
+            found |= engine.step()
+        with pytest.raises(ValueError, match=r"limits: got Limits\(least=0, most=99, answer=9\), expected 0 <= least"):
+            engine.add(PROMPTS[0], limits=Limits(0, 99, 9))
+    for number, one in enumerate(asked):
+        assert same(found[number], alone(*one)), one
+    assert len({tuple(row.answer_ids) for row in found.values()}) > 8
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_in_work_are_shown_as_far_as_they_are(way):
+    model, seen = model_of("llama"), {}
+    with Engine(model, LIMITS, longest=9, batch_size=3, **options_of(way, model)) as engine:
+        for prompt in PROMPTS:
+            engine.add(prompt)
+        while engine.busy():
+            found = engine.step()
+            shown = engine.peek(range(len(PROMPTS)))
+            assert not set(shown) & set(found)
+            for number, row in (shown | found).items():
+                seen.setdefault(number, []).append(row)
+    assert max(map(len, seen.values())) > 4
+    for rows in seen.values():
+        last = rows[-1]
+        for row in rows:
+            assert row.answer_ids == last.answer_ids[: len(row.answer_ids)]
+            if row.latent_ids is not None:
+                assert torch.equal(row.latent_ids, last.latent_ids[: len(row.latent_ids)])
 
 
 def test_requests_that_cannot_be_served_are_refused_and_the_others_go_on():

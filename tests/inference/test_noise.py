@@ -71,6 +71,36 @@ def test_top_p_leaves_only_the_nucleus():
     assert drawn.count(0) / 300 == pytest.approx(0.6, abs=0.09)  # three standard errors
 
 
+def test_top_k_leaves_the_likeliest_and_top_p_counts_what_is_left():
+    """Probabilities 0.5, 0.3, 0.2: of the first two, 0.625 and 0.375, top_p 0.6 keeps one and 0.7 both."""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(300, 3)
+    uniform = torch.linspace(0, 1 - 1e-6, 300)
+    for top_k, top_p, allowed in (
+        (1, 1.0, {0}),
+        (2, 1.0, {0, 1}),
+        (2, 0.6, {0}),
+        (2, 0.7, {0, 1}),
+        (9, 1.0, {0, 1, 2}),
+    ):
+        drawn = sample(logits, uniform, Sampling(temperature=1.0, top_p=top_p, top_k=top_k)).tolist()
+        assert set(drawn) == allowed
+        assert drawn.count(0) / 300 == pytest.approx(0.5 / sum([0.5, 0.3, 0.2][i] for i in allowed), abs=0.01)
+
+
+def test_rows_with_settings_of_their_own_draw_what_they_draw_alone():
+    ways = [Sampling(temperature=t, top_p=p, top_k=k) for t in (0.5, 1.5) for p in (1.0, 0.7) for k in (0, 3)]
+    logits, uniform = torch.randn(20, len(ways) + 1, 30).mul(2), torch.rand(20, len(ways) + 1)
+    noise = Noise(None, 0, CPU)
+    assert noise.settings(range(3)) is None
+    for number, way in enumerate(ways):
+        noise.own(number, way, 0)
+    assert noise.settings([77, None]) is None  # nobody in the batch is sampled
+    rows = noise.settings([*range(len(ways)), 77])
+    for some, numbers in zip(logits, uniform, strict=True):
+        drawn = sample(some, numbers, rows).tolist()
+        assert drawn == [sample(some[i : i + 1], numbers[i : i + 1], way).item() for i, way in enumerate(ways)] + [-1]
+
+
 def test_temperature_sharpens():
     """Probabilities 0.8 and 0.2: at temperature 1/2 their squares, 16/17 and 1/17."""
     sampling = Sampling(temperature=0.5)
