@@ -13,6 +13,7 @@ from typing import Literal
 
 from latent_sft.config.training import TrainDefaults, need
 
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
 
@@ -415,7 +416,8 @@ class CommonConfig:
     """Empty: runs/<name>."""
     seed: int = 0
     report_to: tuple[str, ...] = ()
-    """`wandb`: the scalars of docs/metrics.md also go to Weights & Biases, one run a stage."""
+    """Trackers that get the scalars of docs/metrics.md and these settings, one run a stage: aim, clearml, comet_ml,
+    dvclive, mlflow, swanlab, trackio, wandb. TensorBoard files are written in any case."""
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -429,7 +431,8 @@ class CommonConfig:
     def __post_init__(self) -> None:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
         self.train.check("train")
-        need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
+        unknown = sorted(set(self.report_to) - set(TRACKERS))
+        need(not unknown, "report_to", unknown, f"some of {', '.join(TRACKERS)}")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         silent = self.eval.latent_noise and not self.latent.noise_scale

@@ -120,6 +120,7 @@ class TrainState:
         best_metric: validation accuracy of the best checkpoint.
         best_global_step: at which it was written.
         seconds: of training, earlier processes included.
+        trackers: of `report_to`, each with its name of the run.
     """
 
     max_steps: int
@@ -127,6 +128,7 @@ class TrainState:
     best_metric: float | None = None
     best_global_step: int | None = None
     seconds: float = 0.0
+    trackers: dict[str, str] = field(default_factory=dict)
 
 
 class Callback:

@@ -10,7 +10,6 @@ Processes average gradients by torch's DistributedDataParallel or, with ZeRO, by
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -19,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.load import flat
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import Interrupted
 from latent_sft.experiment.workspace import Workspace, processes
@@ -130,7 +131,7 @@ class TrainingLoop:
         self.collate, self.prepare, self.weights = stage.batch(setup), stage.prepare(setup), stage.terms(setup)
         self.callbacks, self.signals = stage.callbacks(model, setup), Signals(self.timeout)
         self.meter, self.random_file = Meter(model), f"random-{self.job.process_index}.pt"
-        self.metrics = MetricsLog(self.folder, config.report_to, f"{config.name} {stage.name}")
+        self.metrics = MetricsLog(self.folder, config.report_to, f"{config.name} {stage.name}", flat(asdict(config)))
 
     def run(self, checkpoint: str | None) -> None:
         """Train to the last step, or to the accuracy asked for; `checkpoint` is where to go on.
@@ -335,7 +336,7 @@ class TrainingLoop:
             torch.save({"cpu": torch.get_rng_state(), **cuda}, folder / self.random_file)
             if main:
                 save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-                write_json(folder / STATE_FILE, dataclasses.asdict(self.state))
+                write_json(folder / STATE_FILE, asdict(self.state))
         self.signals.wait()
         if main:
             with deleted_unless_written(folder):
