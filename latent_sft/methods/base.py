@@ -143,6 +143,9 @@ class Callback:
     def on_log(self, state: TrainState, logs: Mapping[str, float]) -> None:
         """Called with what was logged; losses as `loss_<term>`."""
 
+    def on_save(self, state: TrainState) -> None:
+        """Called on the first process after a checkpoint was written and old ones deleted."""
+
 
 def _from_base(settings: Any) -> str | None:
     return None

@@ -180,7 +180,7 @@ class MetricsLog:
         self.trackers[name] = tracker
         if name in RUN_ID:
             state.trackers[name] = str(attrgetter(RUN_ID[name])(tracker.tracker))
-        if before is None:  # what is stored with a run of MLflow cannot be changed any more
+        if before is None or name != "mlflow":  # there, settings of a run cannot be changed any more
             tracker.store_init_configuration({key: str(value) for key, value in self.settings.items()})
 
     def write(self, state: TrainState, values: Mapping[str, float]) -> None:

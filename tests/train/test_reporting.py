@@ -112,7 +112,6 @@ def test_an_interrupted_stage_goes_on_with_its_run(tiny_config, wandb, monkeypat
     first, second = [call for call in wandb if call[0] == "init"]
     assert first[3] is None and second[3] == "run1"
     assert sorted({call[1] for call in wandb if call[0] == "log"}) == [1, 2, 3, 4]
-    assert [call[0] for call in wandb].count("config") == 1
 
 
 def test_a_tracker_that_cannot_begin_is_said_before_the_first_step(tiny_config, wandb, monkeypatch):
@@ -152,7 +151,9 @@ found = {"name": run.info.run_name, "seed": run.data.params["seed"], "steps": st
         """
 import trackio
 [run] = trackio.Api().runs("latent_sft")
-steps = [point["step"] for point in run.history() if "train/loss" in point]
+from trackio.sqlite_storage import SQLiteStorage
+logs = SQLiteStorage.get_logs("latent_sft", run.name)
+steps = [point["step"] for point in logs if "train/loss" in point]
 found = {"name": run.name.rsplit(" ", 1)[0], "seed": run.config["seed"], "steps": steps}
 """,
     ),
@@ -161,26 +162,33 @@ found = {"name": run.name.rsplit(" ", 1)[0], "seed": run.config["seed"], "steps"
         """
 import glob
 from wandb.proto import wandb_internal_pb2 as pb
-from wandb.sdk.internal.datastore import DataStore
-steps, ids = [], set()
+
+def records(data):
+    # the file is a log of LevelDB: blocks of 32 KiB, pieces of (checksum, length, kind) and bytes
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):
+            yield pb.Record.FromString(record)
+            record = b""
+
+steps, ids, settings = [], set(), {}
 for path in sorted(glob.glob("wandb/offline-run-*/*.wandb")):
-    store = DataStore()
-    store.open_for_scan(path)
-    while (data := store.scan_data()) is not None:
-        record = pb.Record()
-        record.ParseFromString(data)
+    for record in records(open(path, "rb").read()):
         if record.run.run_id:
             ids.add(record.run.run_id)
             name = record.run.display_name
-            seeds = {item.key: item.value_json for item in record.run.config.update}
-        for item in record.history.item:
-            if "/".join(item.nested_key) == "train/loss" or item.key == "train/loss":
-                steps.append(record.history.step.num)
-        for item in record.config.update:
-            if item.key == "seed":
-                seed = json.loads(item.value_json)
+        settings |= {item.key: item.value_json for item in record.config.update}
+        keys = {"/".join(item.nested_key) or item.key for item in record.history.item}
+        steps += [record.history.step.num] if "train/loss" in keys else []
 assert len(ids) == 1, ids
-found = {"name": name, "seed": seed, "steps": steps}
+found = {"name": name, "seed": json.loads(settings["seed"]), "steps": steps}
 """,
     ),
 }
