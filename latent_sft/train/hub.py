@@ -57,7 +57,10 @@ def restore(work: Workspace, name: str) -> None:
         if not api.file_exists(repo, f"{name}/{MANIFEST}"):
             return
         part = step.directory.parent / ".hub" / f"{name}.in"
-        api.hf_hub_download(repo, f"{name}/{MANIFEST}", local_dir=part, force_download=True)
+        shutil.rmtree(part, ignore_errors=True)
+        # file by file: `snapshot_download` takes what is in the folder where the list of files cannot be had
+        files = [path for path in api.list_repo_files(repo) if path.startswith(f"{name}/")]
+        api.hf_hub_download(repo, f"{name}/{MANIFEST}", local_dir=part)
         try:
             Step(directory=part / name, inputs=step.inputs).is_finished()
         except ArtefactError as error:
@@ -66,8 +69,9 @@ def restore(work: Workspace, name: str) -> None:
                 f"hub.repo: {repo} holds {name} of another experiment ({changed}). Nothing was overwritten. Use "
                 "another hub.repo, or restore the settings."
             ) from error
+        for path in files:
+            api.hf_hub_download(repo, path, local_dir=part)
         log.info("%s: fetched from %s", name, repo)
-        api.snapshot_download(repo, local_dir=part, allow_patterns=f"{name}/*")
     step.directory.mkdir(parents=True, exist_ok=True)
     # the manifest last: until then this counts as not begun, and is fetched again
     for path in sorted((part / name).iterdir(), key=lambda path: path.name == MANIFEST):
