@@ -51,7 +51,8 @@ def test_the_distributions_pass_twine_and_have_one_version(dist: Path) -> None:
     assert names == [f"latent_sft-{version}-py3-none-any.whl", f"latent_sft-{version}.tar.gz"]
     shown = run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir(), cwd=dist)
     assert shown.count("PASSED") == 2
-    held = {name.partition("/")[2] for name in tarfile.open(next(dist.glob("*.tar.gz"))).getnames()}
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"constraints.txt", "configs/quickstart.yaml", "latent_sft/py.typed", "CHANGELOG.md"} <= held
 
 
