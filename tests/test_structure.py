@@ -26,6 +26,7 @@ LAYERS = {
     "method": 1,
     "config": 1,
     "runs": 1,
+    "hub": 1,
     "evaluation.math_equal": 1,  # comparing answers is needed while training too, and knows nothing of models
     "evaluation.answers": 2,
     "launcher": 9,

@@ -45,7 +45,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         merged = OmegaConf.merge(merged, *(method.published for method in METHODS))
     given: dict[str, Any] = {}
     for _, layer in layers:
-        given |= _flat(OmegaConf.to_container(layer))
+        given |= flat(OmegaConf.to_container(layer))
     merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([f"{place}.enabled=true" for place in _named(given)]))
     layers = [(where, _spread(layer)) for where, layer in layers]
     try:
@@ -110,7 +110,7 @@ def to_yaml(config: Config) -> str:
 
 def dotted_keys() -> list[str]:
     """Return every dotted key of the schema, sorted; the golden list of the tests and the source of suggestions."""
-    return sorted(_flat(OmegaConf.to_container(OmegaConf.structured(Config))))
+    return sorted(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
 
 
 def _read_files(path: Path, above: tuple[Path, ...] = ()) -> Layers:
@@ -141,12 +141,12 @@ def _read_yaml(path: Path) -> Any:
     return layer
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    # an empty section is a key: `cot: {}` names a stage
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the dotted keys of nested sections; an empty one is a key, since `cot: {}` names a stage."""
     found: dict[str, Any] = {}
     for name, value in node.items():
         inside = isinstance(value, dict) and value
-        found |= _flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+        found |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
     return found
 
 
@@ -154,7 +154,7 @@ def _unknown_key(where: str, layer: Any) -> str:
     known = dotted_keys()
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     sections |= {s.rsplit(".", 1)[0] for s in sections if "." in s}
-    given = _flat(OmegaConf.to_container(layer))
+    given = flat(OmegaConf.to_container(layer))
     unknown = [key for key in given if key not in known and key not in sections]
     key = unknown[0] if unknown else "?"
     return f"{where}: unknown key {key!r}.{did_you_mean(key, known)}"
@@ -162,7 +162,7 @@ def _unknown_key(where: str, layer: Any) -> str:
 
 def _refused_key(layer: Any) -> str:
     # OmegaConf names no key where a section or a list is replaced as a whole: merge the keys one by one to find it
-    for key in _flat(OmegaConf.to_container(layer)):
+    for key in flat(OmegaConf.to_container(layer)):
         try:
             OmegaConf.update(OmegaConf.structured(Config), key, OmegaConf.select(layer, key))
         except OmegaConfBaseException:

@@ -7,6 +7,7 @@ later, by `LatentSpec`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from latent_sft.config.training import TrainDefaults, need
 
 FORMATS = ("auto", "records", "messages", "prompt", "openr1", "numina", "s1k", "gsm8k", "lines", "steps")
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 INTERVENTIONS = ("zero", "mean", "shuffle", "truncate")
 
 
@@ -426,6 +428,23 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Checkpoints on the Hugging Face Hub while stages train, to go on from them elsewhere (docs/distributed.md)."""
+
+    repo: str = ""
+    """Repository of this experiment alone, `user/name`; made where it is not there. Empty: nothing is pushed."""
+    every: int = 0
+    """Optimizer steps between pushes, at the checkpoint that comes next; 0 pushes every checkpoint."""
+    private: bool = True
+    """Of a repository that is made; one that is there keeps its visibility."""
+
+    def __post_init__(self) -> None:
+        good = not self.repo or re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)
+        need(bool(good), "hub.repo", self.repo, "user/name or organisation/name")
+        need(self.every >= 0, "hub.every", self.every, "0 (every checkpoint) or a number of steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """How many processes train a stage; 1 runs in this process."""
 
@@ -471,7 +490,8 @@ class CommonConfig:
     """Empty: runs/<name>."""
     seed: int = 0
     report_to: tuple[str, ...] = ()
-    """`wandb`: the scalars of docs/metrics.md also go to Weights & Biases, one run a stage."""
+    """Trackers that get the scalars of docs/metrics.md and these settings, one run a stage: aim, clearml, comet_ml,
+    dvclive, mlflow, swanlab, trackio, wandb. TensorBoard files are written in any case."""
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -480,12 +500,16 @@ class CommonConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         need(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
         self.train.check("train")
-        need(set(self.report_to) <= {"wandb"}, "report_to", list(self.report_to), "[] or [wandb]")
+        unknown = sorted(set(self.report_to) - set(TRACKERS))
+        need(not unknown, "report_to", unknown, f"some of {', '.join(TRACKERS)}")
+        alone = not (self.hub.repo and self.compare.variants)
+        need(alone, "hub.repo", self.hub.repo, "empty in a comparison, whose runs would share the repository")
         halves = self.launch.zero and self.model.dtype == "float16"
         need(not halves, "model.dtype", "float16", "bfloat16 or float32, where launch.zero > 0")
         silent = self.eval.latent_noise and not self.latent.noise_scale

@@ -120,6 +120,7 @@ class TrainState:
         best_metric: validation accuracy of the best checkpoint.
         best_global_step: at which it was written.
         seconds: of training, earlier processes included.
+        trackers: of `report_to`, each with its name of the run.
     """
 
     max_steps: int
@@ -127,6 +128,7 @@ class TrainState:
     best_metric: float | None = None
     best_global_step: int | None = None
     seconds: float = 0.0
+    trackers: dict[str, str] = field(default_factory=dict)
 
 
 class Callback:
@@ -140,6 +142,9 @@ class Callback:
 
     def on_log(self, state: TrainState, logs: Mapping[str, float]) -> None:
         """Called with what was logged; losses as `loss_<term>`."""
+
+    def on_save(self, state: TrainState) -> None:
+        """Called on the first process after a checkpoint was written and old ones deleted."""
 
 
 def _from_base(settings: Any) -> str | None:

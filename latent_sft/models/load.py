@@ -157,9 +157,16 @@ def check_start(
 def load_lm(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """Load a causal decoder in the configured dtype and attention, and check that its head is understood.
 
+    A folder of adapters names its base; the two are merged.
+
     Raises:
         ConfigError: not found, not a causal decoder, or logits computed in an unknown way.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        from peft import PeftConfig, PeftModel
+
+        base = load_lm(str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path), config)
+        return merged(PeftModel.from_pretrained(base, str(path)))
     options = dict(_hub_options(config), dtype=getattr(torch, config.dtype))
     try:
         options["config"] = load_config(path, **_hub_options(config))

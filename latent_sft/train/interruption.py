@@ -158,6 +158,11 @@ def state_of(checkpoint: str) -> TrainState:
     return TrainState(**{name: found[name] for name in TrainState.__dataclass_fields__ if name in found})
 
 
+def load_tensors(checkpoint: str, name: str) -> Any:
+    """Return a file of torch in a checkpoint, on the CPU."""
+    return torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+
+
 def drop_after(path: Path, step: int) -> None:
     """Remove the lines of a metrics file that belong to steps a resumed stage repeats, and a torn last line."""
     if not path.exists():

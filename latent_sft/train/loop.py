@@ -10,7 +10,6 @@ Processes average gradients by torch's DistributedDataParallel or, with ZeRO, by
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -19,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from latent_sft.config.experiment import Config
+from latent_sft.config.load import flat
 from latent_sft.config.training import TrainConfig
 from latent_sft.errors import Interrupted
 from latent_sft.experiment.workspace import Workspace, processes
@@ -128,9 +129,9 @@ class TrainingLoop:
         self.deepspeed, self.precision = deepspeed, config.precision(stage.name)
         self.timeout = timedelta(minutes=config.launch.timeout_minutes)
         self.collate, self.prepare, self.weights = stage.batch(setup), stage.prepare(setup), stage.terms(setup)
-        self.callbacks, self.signals = stage.callbacks(model, setup), Signals(self.timeout)
+        self.callbacks, self.signals = [*stage.callbacks(model, setup)], Signals(self.timeout)
         self.meter, self.random_file = Meter(model), f"random-{self.job.process_index}.pt"
-        self.metrics = MetricsLog(self.folder, config.report_to, f"{config.name} {stage.name}")
+        self.metrics = MetricsLog(self.folder, config.report_to, f"{config.name} {stage.name}", flat(asdict(config)))
 
     def run(self, checkpoint: str | None) -> None:
         """Train to the last step, or to the accuracy asked for; `checkpoint` is where to go on.
@@ -187,9 +188,9 @@ class TrainingLoop:
             self.optimizer = make_optimizer(self.model, self.train)
             if checkpoint:
                 self.model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME), strict=False)
-                self.optimizer.load_state_dict(_load(checkpoint, "optimizer.pt"))
+                self.optimizer.load_state_dict(interruption.load_tensors(checkpoint, "optimizer.pt"))
                 if self.scaler.is_enabled():
-                    self.scaler.load_state_dict(_load(checkpoint, "scaler.pt"))
+                    self.scaler.load_state_dict(interruption.load_tensors(checkpoint, "scaler.pt"))
             if self.job.num_processes > 1:
                 ids = [device.index] if device.type == "cuda" else None
                 self.wrapped = DistributedDataParallel(self.model, device_ids=ids, find_unused_parameters=True)
@@ -335,13 +336,15 @@ class TrainingLoop:
             torch.save({"cpu": torch.get_rng_state(), **cuda}, folder / self.random_file)
             if main:
                 save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-                write_json(folder / STATE_FILE, dataclasses.asdict(self.state))
+                write_json(folder / STATE_FILE, asdict(self.state))
         self.signals.wait()
         if main:
             with deleted_unless_written(folder):
                 accumulated = self.train.gradient_accumulation_steps
                 mark_complete(folder, processes=self.job.num_processes, gradient_accumulation_steps=accumulated)
             interruption.rotate(self.folder, self.train.save_total_limit, {step, self.state.best_global_step})
+            for callback in self.callbacks:
+                callback.on_save(self.state)
         self.signals.wait()  # a process that ends here makes the launcher end the others
 
     def _load_random(self, checkpoint: str) -> None:
@@ -349,11 +352,7 @@ class TrainingLoop:
             # another number of processes: noise and dropout are drawn anew, the same at every such resumption
             set_seed(self.seed + 1_000_003 * self.state.global_step + self.job.process_index)
             return
-        states = _load(checkpoint, self.random_file)
+        states = interruption.load_tensors(checkpoint, self.random_file)
         torch.set_rng_state(states["cpu"])
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.job.device)
-
-
-def _load(checkpoint: str, name: str) -> Any:
-    return torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)

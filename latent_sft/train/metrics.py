@@ -1,7 +1,7 @@
-"""Where logged numbers go: `metrics.jsonl`, TensorBoard, Weights & Biases where asked for, and the progress bar.
+"""Where logged numbers go: `metrics.jsonl`, TensorBoard, the trackers of `report_to`, and the progress bar.
 
-Project, entity and offline mode of Weights & Biases are set as its users know them: WANDB_PROJECT, WANDB_ENTITY and
-WANDB_MODE.
+Trackers are those of accelerate. Login, server and offline mode are set as their users know them, in the environment
+(WANDB_MODE, MLFLOW_TRACKING_URI, ...), and never stand in a configuration.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -28,19 +30,22 @@ from latent_sft.experiment.workspace import processes
 from latent_sft.methods.base import TrainState
 from latent_sft.train.flops import device_peak, step_flops
 
+ALWAYS = "TensorBoard files and metrics.jsonl are written in any case."
 Metrics = dict[str, float]
 Observed = dict[str, tuple[Tensor, Tensor]]
+
+# trackers that go on with the run of an interrupted stage, and where they say which one it is; others begin anew
+RUN_ID = {"wandb": "id", "mlflow": "info.run_id", "trackio": "name"}
 
 log = logging.getLogger(__name__)
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise a ConfigError for a service of `report_to` whose package is not installed."""
+    """Raise a ConfigError for a tracker of `report_to` whose package is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"report_to: {missing[0]} is not installed here. `pip install {missing[0]}`, or leave it out: TensorBoard "
-            "files and metrics.jsonl are written in any case."
+            f"report_to: {missing[0]} is not installed here. `pip install {missing[0]}`, or leave it out: {ALWAYS}"
         )
 
 
@@ -132,47 +137,85 @@ class MetricsLog:
 
     Args:
         folder: of the stage.
-        report_to: the services.
+        report_to: trackers, by accelerate's names.
         title: of the run there.
+        settings: dotted key -> value, stored with the run.
     """
 
-    def __init__(self, folder: Path, report_to: Sequence[str], title: str) -> None:
-        self.folder, self.report_to, self.title = folder, report_to, title
-        self.board: Any = None
-        self.wandb: Any = None
+    def __init__(self, folder: Path, report_to: Sequence[str], title: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self.title, self.settings = folder, title, settings
+        self.names = list(dict.fromkeys(["tensorboard", *report_to]))
+        self.trackers: dict[str, GeneralTracker] = {}
 
     @contextmanager
     def opened(self, state: TrainState) -> Iterator[None]:
-        """Open what is written to, on the first process."""
-        if not processes().is_main_process:
-            yield
-            return
-        from torch.utils.tensorboard import SummaryWriter
+        """Open what is written to, on the first process; a tracker goes on with the run that `state` names.
 
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.global_step + 1)
-        if "wandb" in self.report_to:
-            import wandb
-
-            self.wandb = wandb
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "latent_sft"), name=self.title)
+        Raises:
+            ConfigError: a tracker cannot begin (no login, no server).
+        """
+        if processes().is_main_process:
+            for name in self.names:
+                try:
+                    self._begin(name, state)
+                except Exception as error:  # each tracker has errors of its own
+                    self._finish()
+                    why = str(error).strip().partition("\n")[0] or type(error).__name__
+                    raise ConfigError(
+                        f"report_to: {name} could not begin a run ({why}). Log in, or choose its server or offline "
+                        f"mode by its own environment variables, or leave it out: {ALWAYS}"
+                    ) from error
         try:
             yield
         finally:
-            self.board.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+            self._finish()
+
+    def _begin(self, name: str, state: TrainState) -> None:
+        if name == "tensorboard":
+            options = {"logging_dir": self.folder, "purge_step": state.global_step + 1}
+            self.trackers[name] = LOGGER_TYPE_TO_CLASS[name](name, **options)
+            self.trackers[name].start()
+            return
+        before, options = state.trackers.get(name), {}
+        if name == "wandb":
+            options = {"name": self.title, "id": before, "resume": "allow"}
+        elif name == "mlflow":
+            options = {"run_name": self.title, "run_id": before}
+        elif name == "trackio":  # a run is known by its name
+            options = {"name": before or f"{self.title} {os.urandom(3).hex()}", "resume": "allow"}
+        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
+            options["logging_dir"] = self.folder
+        project = os.environ.get(f"{name.upper()}_PROJECT", "latent_sft")
+        tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
+        tracker.start()
+        self.trackers[name] = tracker
+        if name in RUN_ID:
+            state.trackers[name] = str(attrgetter(RUN_ID[name])(tracker.tracker))
+        if before is None or name != "mlflow":  # there, settings of a run cannot be changed any more
+            tracker.store_init_configuration({key: str(value) for key, value in self.settings.items()})
 
     def write(self, state: TrainState, values: Mapping[str, float]) -> None:
         """Write one line and the scalars, `eval_<name>` as `eval/<name>` and the others as `train/<name>`."""
-        if self.board is None:
+        if not processes().is_main_process:
             return
         tags = {k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}": v for k, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": state.global_step, "seconds": round(state.seconds, 1), **tags}) + "\n")
-        for tag, value in tags.items():
-            self.board.add_scalar(tag, value, state.global_step)
-        if self.wandb is not None:
-            self.wandb.log({**tags, "train/global_step": state.global_step})
+        for name in list(self.trackers):
+            self._try(name, lambda tracker: tracker.log(tags, step=state.global_step))
+
+    def _finish(self) -> None:
+        for name in list(self.trackers):
+            self._try(name, lambda tracker: tracker.finish())
+        self.trackers = {}
+
+    def _try(self, name: str, call: Callable[[GeneralTracker], None]) -> None:
+        try:
+            call(self.trackers[name])
+        except Exception as error:  # a service that went away does not end training
+            del self.trackers[name]
+            log.warning("%s failed (%s) and gets nothing more until this stage is started again. %s",
+                        name, type(error).__name__, ALWAYS)  # fmt: skip
 
 
 class StageProgress:

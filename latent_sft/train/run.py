@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from latent_sft.methods import STAGES
 from latent_sft.methods.base import Setup, Stage, TrainState
 from latent_sft.models.backbone import unwrap_peft
 from latent_sft.runs import Step, read_json
-from latent_sft.train import zero
+from latent_sft.train import hub, zero
 from latent_sft.train.ending import check_length, departures, write_final
 from latent_sft.train.guards import check_rows, said_if_alone
 from latent_sft.train.interruption import MARKER, last_checkpoint, same_step, state_of
@@ -58,6 +59,8 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
     train, stage = config.stage(name), STAGES[name]
     work = work or Workspace(config)
     with processes().main_process_first():  # it may read a whole model to know it
+        if config.hub.repo and processes().is_main_process:
+            hub.restore(work, name)
         step = work.step(name)
     if step.is_finished():
         log.info("%s: finished already, skipped (%s)", name, step.directory)
@@ -115,13 +118,16 @@ def train_stage(config: Config, name: str, work: Workspace | None = None) -> Ste
         deepspeed=deepspeed,
         state=state,
     )
-    if not ended:  # else only the final folder was still to be written
-        log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
-        log.info("%s: %s", name, _step_size(train, processes().num_processes))
-        with said_if_alone(config.launch.timeout_minutes):
-            loop.run(checkpoint)
-    if processes().is_main_process:
-        write_final(state, sampler, stage, setup, step, len(work.data["train"]))
+    uploads = hub.Uploads(config, step, state) if config.hub.repo and processes().is_main_process else None
+    loop.callbacks += [uploads] if uploads else []
+    with uploads or nullcontext():
+        if not ended:  # else only the final folder was still to be written
+            log.info("%s: %s", name, f"goes on from {checkpoint}" if checkpoint else "starts")
+            log.info("%s: %s", name, _step_size(train, processes().num_processes))
+            with said_if_alone(config.launch.timeout_minutes):
+                loop.run(checkpoint)
+        if processes().is_main_process:
+            write_final(state, sampler, stage, setup, step, len(work.data["train"]))
     processes().wait_for_everyone()
     if loop.signals.requested:
         raise Interrupted(f"{name}: finished, and then stopped")
