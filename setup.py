@@ -40,7 +40,10 @@ setup(
         "latent_sft.export": ["templates/*"],
         "latent_sft.presets": ["*.yaml", "bases/*.yaml"],
     },
-    entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
+    entry_points={
+        "console_scripts": ["latent-sft=latent_sft.cli:main"],
+        "vllm.general_plugins": ["latent_sft=latent_sft.serve.vllm:register"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.20,<6",
@@ -65,6 +68,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed"],
         "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
+        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.KNOWN
         "dev": [
             "pytest",
             "pytest-timeout",

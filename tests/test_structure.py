@@ -45,6 +45,7 @@ LAYERS = {
     "forecast": 12,
     "evaluation": 12,
     "export": 12,
+    "serve": 13,
     "experiment.graph": 13,
     "experiment.run": 14,
     "experiment.compare": 14,
