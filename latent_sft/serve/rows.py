@@ -1,4 +1,4 @@
-"""Thinking inside an engine that decodes tokens: what each row is fed, and what it says, by its place in its own output.
+"""Thinking inside an engine that decodes tokens: what each row is fed and what it says, by its place in its output.
 
 Such an engine asks for one token per row and step and embeds that token for the next one. A row that thinks gives it
 a token that stands for what it thought, and everything else is kept here: with n tokens put out so far, a row is in

@@ -11,7 +11,6 @@ The classes of vLLM are looked up when they are asked for: this package is impor
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from functools import cache
 from importlib import metadata
@@ -26,11 +25,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from latent_sft.errors import ConfigError
 from latent_sft.export.remote import MODEL_TYPE
 from latent_sft.inference.engine import THINKERS
-from latent_sft.inference.show import read_spec
 from latent_sft.method.thinking import Thinking
-from latent_sft.method.types import SPEC_FILE, THINKER_FILE, Soft, ThoughtSpec
+from latent_sft.method.types import SPEC_FILE, THINKER_FILE, LatentSpec, Soft, ThoughtSpec
 from latent_sft.models.load import read_thinker
 from latent_sft.models.thoughts import THOUGHTS_FILE, load_thoughts
+from latent_sft.runs import read_json
 from latent_sft.serve.rows import Rows
 
 KNOWN = ("0.32.0", "0.33.0")  # versions of vLLM whose hooks this was read against and run with
@@ -134,7 +133,7 @@ def thinking_of(config: Any, device: torch.device) -> Thinking:
 
         names = [SPEC_FILE, THINKER_FILE, THOUGHTS_FILE]
         folder = Path(snapshot_download(str(folder), revision=config.model_config.revision, allow_patterns=names))
-    spec = read_spec(folder)
+    spec = LatentSpec.from_dict(read_json(folder / SPEC_FILE))
     kind, how = read_thinker(folder)
     options = config.additional_config if isinstance(config.additional_config, dict) else {}
     needed: dict[str, Any] = {"max_tokens": options.get("max_cot_tokens", MAX_COT_TOKENS)}
@@ -142,7 +141,9 @@ def thinking_of(config: Any, device: torch.device) -> Thinking:
         kind, how = "soft", None
         needed["mixture"] = Soft(**options["soft"])
         if needed["mixture"].noise_scale > 0:
-            raise ConfigError("additional_config.soft.noise_scale: got a noise, expected 0; vLLM draws none for it.")
+            raise ConfigError(
+                f"additional_config.soft.noise_scale: got {needed['mixture'].noise_scale}, expected 0; nothing draws noise here."
+            )
     elif isinstance(how, ThoughtSpec):
         needed["thoughts"] = load_thoughts(folder / THOUGHTS_FILE, how, device)
     else:
@@ -193,10 +194,8 @@ class LatentState:
         slots, size = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.get_inputs_embeds_size()
         dtype = vllm_config.model_config.dtype
         thinking = thinking_of(vllm_config, device)
-        # An answer is as long as it was asked for. A request that was preempted leaves its slot and comes back before
-        # any new one is let in, so it finds its row where as many rows are kept of requests that left as there are slots
-        spec = dataclasses.replace(thinking.spec, max_answer_tokens=torch.iinfo(torch.long).max)
-        thinking.spec = spec
+        # A request that was preempted leaves its slot, and comes back before any new one is let in: it finds its row
+        # where as many rows of requests that left are kept as there are slots
         self.rows = Rows(thinking, model.embed_input_ids, 2 * slots, size, dtype)
         self.row_of = torch.zeros(slots, dtype=torch.long, device=device)
         self.held: dict[str, int] = {}  # requests -> rows, those that left first in front

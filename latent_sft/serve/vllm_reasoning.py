@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from latent_sft.inference.show import read_spec
+from latent_sft.method.types import SPEC_FILE, LatentSpec
+from latent_sft.runs import read_json
 
 
 def split(text: str, end: str) -> tuple[str, str | None]:
@@ -34,7 +36,7 @@ class Reasoning:
 
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, *args, **kwargs)
-        spec = read_spec(tokenizer.name_or_path)
+        spec = LatentSpec.from_dict(read_json(Path(tokenizer.name_or_path) / SPEC_FILE))
         self.think, self.end = list(spec.think_ids), list(spec.end_think_ids)
         self.start_text, self.end_text = (tokenizer.decode(ids).strip() for ids in (self.think, self.end))
 
