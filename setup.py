@@ -42,7 +42,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["latent-sft=latent_sft.cli:main"],
-        "vllm.general_plugins": ["latent_sft=latent_sft.serve.vllm:register"],
+        "vllm.general_plugins": ["latent_sft=latent_sft.serve.vllm.plugin:register"],
     },
     install_requires=[
         "torch>=2.6",
@@ -68,7 +68,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed"],
         "lm-eval": ["lm-eval"],  # only to test that it scores exports as they are
-        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.KNOWN
+        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.plugin.KNOWN
         "dev": [
             "pytest",
             "pytest-timeout",

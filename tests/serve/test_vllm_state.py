@@ -22,7 +22,8 @@ from latent_sft.models.backbone import mix_latents
 from latent_sft.models.load import save_thinker
 from latent_sft.models.logits import head
 from latent_sft.models.thoughts import save_thoughts
-from latent_sft.serve.vllm import LatentModel, LatentState, Settings
+from latent_sft.serve.vllm.plugin import LatentModel
+from latent_sft.serve.vllm.state import LatentState
 
 THINK = (5, 2)
 LIMITS = dataclasses.replace(SPEC, think_ids=THINK, max_latents=7, max_answer_tokens=6, decode_temperature=2.0)

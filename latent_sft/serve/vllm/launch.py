@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_sft.errors import ConfigError
-from latent_sft.export.writer import is_export
+from latent_sft.export.checkpoint import is_export
 
 
 def command(checkpoint: str | Path, host: str = "127.0.0.1", port: int = 8000, more: Sequence[str] = ()) -> list[str]:
