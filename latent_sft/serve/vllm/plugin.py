@@ -38,7 +38,8 @@ def register() -> None:
     from vllm.reasoning import ReasoningParserManager
 
     AutoConfig.register(MODEL_TYPE, ExportConfig, exist_ok=True)
-    here = set(ModelRegistry.get_supported_archs())
+    # those in the map have settings of their own, which ours would replace
+    here = set(ModelRegistry.get_supported_archs()) - MODELS_CONFIG_MAP.keys()
     for name in here & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         ModelRegistry.register_model(PREFIX + name, f"{__name__}:{PREFIX}{name}")
         MODELS_CONFIG_MAP[PREFIX + name] = Settings
@@ -139,6 +140,8 @@ def _model_class(name: str) -> type:
     from vllm.model_executor.models import ModelRegistry
 
     base = ModelRegistry.models[name].load_model_cls()
+    if hasattr(base, "get_model_state_cls") or getattr(base, "has_inner_state", False):
+        raise ConfigError(f"{name}: vLLM keeps a state of its own for it; serve it with latent_sft's own engine.")
     return type(PREFIX + name, (LatentModel, base), {"__module__": __name__})
 
 
