@@ -41,7 +41,10 @@ setup(
         "latent_sft.serve": ["templates/*"],
         "latent_sft.presets": ["*.yaml", "bases/*.yaml", "sets/*.yaml"],
     },
-    entry_points={"console_scripts": ["latent-sft=latent_sft.cli:main"]},
+    entry_points={
+        "console_scripts": ["latent-sft=latent_sft.cli:main"],
+        "vllm.general_plugins": ["latent_sft=latent_sft.serve.vllm.plugin:register"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.20,<6",
@@ -70,6 +73,7 @@ setup(
         "browser": ["playwright"],  # only to test the page of the server
         "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
         "release": ["build", "twine"],
+        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.plugin.KNOWN
         "dev": [
             "pytest",
             "pytest-timeout",

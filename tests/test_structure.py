@@ -48,6 +48,7 @@ LAYERS = {
     "evaluation": 12,
     "export": 12,
     "serve": 12,
+    "serve.vllm": 13,
     "experiment.graph": 13,
     "experiment.run": 14,
     "experiment.compare": 14,
