@@ -249,8 +249,7 @@ def given_examples(config: Config, count: int, tokens: tuple[int, int, int]) -> 
 def read_examples(config: Config) -> Examples:
     """Tokenise a sample of the training set, and its longest rows by characters."""
     try:
-        splits = load_splits(config.data)
-        train = splits.train
+        train = (splits := load_splits(config.data)).train
         tokenizer, spec, _ = tokenizer_of(config, splits)
         chosen = random.Random(0).sample(train, min(SAMPLE, len(train)))
         longest = sorted(train, key=lambda r: len(r.problem) + len(r.cot) + len(r.answer))[-SAMPLE:]

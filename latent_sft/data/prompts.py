@@ -145,9 +145,7 @@ def render_prompt(
     return before + _encode(tokenizer, text, cut)[0] + list(spec.think_ids)
 
 
-def render_turns(
-    tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, turns: Sequence[tuple[str, str]]
-) -> list[int]:
+def render_turns(tokenizer: PreTrainedTokenizerBase, spec: LatentSpec, turns: Sequence[tuple[str, str]]) -> list[int]:
     """Return the prompt of a conversation by the chat template, with the instruction of training if it has none.
 
     Args:

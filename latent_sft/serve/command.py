@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         return parse
 
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an exported folder, or a Hub name")
+    parser.add_argument(
+        "--engine",
+        choices=("own", "vllm"),
+        default="own",
+        help="own: the decoding engine of this package; vllm: an installed vLLM (extra [vllm]), which takes --host, "
+        "--port and --name, and its own settings from its configuration file or environment (own)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="port; 0 picks a free one (8000)")
     parser.add_argument("--name", help="of the model, for clients; that of the folder")
@@ -40,6 +48,11 @@ def launch(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         ConfigError: the extra is not installed, or an option is wrong.
         ArtefactError: no checkpoint.
     """
+    if args.engine == "vllm":
+        from latent_sft.serve.vllm.launch import command
+
+        words = command(args.checkpoint, args.host, args.port, ["--served-model-name", args.name] if args.name else [])
+        os.execv(words[0], words)
     try:
         from latent_sft.serve.server import read_key, serve
     except ModuleNotFoundError as error:
