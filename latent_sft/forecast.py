@@ -53,7 +53,7 @@ class Examples(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a stage computes: decoder tokens a row on average, and the sizes of its largest micro-batch."""
+    """What a stage computes: decoder tokens per row on average, and the sizes of its largest micro-batch."""
 
     tokens: float
     rows: int

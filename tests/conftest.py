@@ -25,7 +25,7 @@ settings.load_profile("project")
 # the sections of an experiment with both baselines and the whole method
 NAMED = ["no_cot={}", "cot={}", "stage1={}", "stage2={}"]
 
-# a model of 16 dimensions on 120 problems: seconds a stage, enough to run every line
+# a model of 16 dimensions on 120 problems: seconds per stage, enough to run every line
 TINY = [
     "data.synthetic.num_train=120",
     "data.synthetic.num_validation=16",

@@ -58,8 +58,8 @@ LAYERS = {
 }
 # These two may only fall. Raising one needs a decision record in docs/decisions/ that says what the lines buy.
 # Raised by decision 20 (it was 12,935 in 116 files).
-MAX_CODE_LINES = 16_000
-MAX_FILES = 150
+MAX_CODE_LINES = 15_970
+MAX_FILES = 145
 MAX_LINES = 360
 # read by looking up, or one method from settings to words
 LONGER = {"cli.py": 400, "config/schema.py": 540, "methods/latent_sft.py": 520, "methods/self_distill.py": 520}

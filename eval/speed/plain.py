@@ -4,7 +4,7 @@
   a sample, filled in a Python loop on the CPU; logits of the decoder over the full vocabulary at every position;
   shifted cross-entropy that ignores -100.
 - stage 2: logits at every position; KL from a log-softmax over the full vocabulary, row by row.
-- labels: one forward an example.
+- labels: one forward per example.
 - decoding: one problem at a time; the cache is dropped after thinking and the whole prefix is read again for the
   answer.
 
@@ -186,7 +186,7 @@ def stage2_loss(lm: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def labels(model: PlainStage1, rows: Sequence[Row], full_logits: bool = False) -> list[Superposition]:
-    """Return the latents of every row: layout, mask and one forward an example."""
+    """Return the latents of every row: layout, mask and one forward per example."""
     device = model.marker.device
     return [model.encode(send_to_device(encoder_inputs([row], model.spec), device), full_logits)[0] for row in rows]
 

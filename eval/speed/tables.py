@@ -116,7 +116,7 @@ def aims(results: Results) -> pd.DataFrame:
         cost = of("share", "step", f"batch {batch},", "latent")
         aim(f"a latent step, batch {batch}: at most 1.15 explicit steps", cost, "{:.2f}", most=1.15)
     cost = of("share", "quickstart", "batch 250,", "latent")
-    aim("quickstart, a problem: at most 0.65 of explicit", cost, "{:.2f}", most=0.65)
+    aim("quickstart, per problem: at most 0.65 of explicit", cost, "{:.2f}", most=0.65)
     measured = any(value != "not measured" for _, value, _ in rows)
     return pd.DataFrame(rows if measured else [], columns=["aim", "value", "reached"])
 

@@ -35,7 +35,7 @@ class LabelRow:
     Attributes:
         id: of the example.
         hash: of its tokens (the `hash` column of the tokenized rows).
-        latents: `[N, K]`, one row a latent.
+        latents: `[N, K]`, one row per latent.
     """
 
     id: str

@@ -33,7 +33,7 @@ def agreement(decoded: Sequence[Decoded], rows: Sequence[Mapping[str, Any]], *, 
     """Return the four numbers; no chance level for one problem alone, nothing at all where there are no thoughts.
 
     Args:
-        decoded: one sample a problem.
+        decoded: one sample per problem.
         rows: the problems (`prompt`, `cot`); those without a CoT token of their own, or without thoughts, are left out.
         seed: of the exchange of CoTs.
     """

@@ -58,7 +58,7 @@ def intervene(
         model: causal LM (for the oracle latents of stage 1 its decoder).
         spec: of the model.
         rows: the problems (`prompt`, `reference`).
-        decoded: what each gave, one sample a problem.
+        decoded: what each gave, one sample per problem.
         names: interventions, see the module.
         decode_text: token ids to text.
         grader: how answers are compared.

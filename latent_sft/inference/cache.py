@@ -1,4 +1,4 @@
-"""Keys and values of rows that start and end at different times: one buffer a layer, one column for all rows.
+"""Keys and values of rows that start and end at different times: one buffer per layer, one column for all rows.
 
 Every row occupies a run of columns that ends at the shared one: a prompt of P tokens is written to the P columns before
 it, and each step writes one more column for all rows at once. Where a row begins in the buffer does not matter to the

@@ -1,4 +1,4 @@
-"""Random draws of decoding: one generator a request, so that neither batch nor order changes what a request draws."""
+"""Random draws of decoding: one generator per request, so that neither batch nor order changes what a request draws."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ class Noise:
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling | RowSampling) -> Tensor:
-    """Return a sampled token a row, `[B]`: where the cumulative distribution of its nucleus passes a uniform number.
+    """Return a sampled token per row, `[B]`: where the cumulative distribution of its nucleus passes a uniform number.
 
     A row's token depends on its own settings alone; -1 where a row is not sampled.
 
-    One number a row, and not one for each entry of the vocabulary: for 64 rows of 152k those took 190 ms a step.
+    One number per row, and not one for each entry of the vocabulary: for 64 rows of 152k those took 190 ms per step.
 
     Args:
         logits: `[B, V]`.

@@ -27,7 +27,7 @@ from latent_sft.models.backbone import embed, unwrap_peft
 PREFILL_TOKENS = 16384  # of prompts read at once; their attention mask is `[n, 1, W, W]`
 FIRST_COLUMNS = 64  # beyond the longest prompt; buffers grow by doubling, since few rows need all they may
 # a quarter of the slots is filled at once: reading a few prompts costs nearly as much as reading many. A model of 20M
-# parameters with 64 slots on a CPU took 13 % less time a problem than filling each slot at once; half gave 2 % more
+# parameters with 64 slots on a CPU took 13 % less time per problem than filling each slot at once; half gave 2 % more
 ADMIT = 4
 # moving everything to the left pays where this many columns, and half as many as are in use, are empty for all rows
 WASTE = 32

@@ -194,7 +194,7 @@ def take(states: Tensor, kept: Kept) -> Tensor:
 def kv_distance(
     student: Tensor, teacher: Tensor, mask: Tensor, *, loss: str, std: bool, short: str, reduction: str
 ) -> Tensor:
-    """Return the distance between a layer's keys (or values) and what was kept of the teacher's, one an example.
+    """Return the distance between a layer's keys (or values) and what was kept of the teacher's, one per example.
 
     Args:
         student: `[B, H, M, d]`.
@@ -224,7 +224,7 @@ def kv_distance(
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], *, loss: str, std: str) -> Tensor:
-    """Return the distance (arXiv 2502.21074) of the hidden states at one token, mean over layers, one an example.
+    """Return the distance (arXiv 2502.21074) of the hidden states at one token, mean over layers, one per example.
 
     Args:
         student: one `[B, D]` a layer.

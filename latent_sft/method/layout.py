@@ -68,7 +68,7 @@ def split_cot(cot: Sequence[int], segment_lengths: Sequence[int]) -> list[list[i
 
 
 def fixed_segments(num_tokens: int, rate: int) -> list[int]:
-    """Lengths of the segments of `num_tokens` CoT tokens at `rate` tokens a latent.
+    """Lengths of the segments of `num_tokens` CoT tokens at `rate` tokens per latent.
 
     >>> fixed_segments(5, 2)
     [2, 2, 1]

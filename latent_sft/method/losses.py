@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from latent_sft.method.superposition import entropy
 from latent_sft.method.types import Superposition
 
-# Size of one chunk of float32 logits. With fewer than about 100 rows a chunk the products run at half their speed or
+# Size of one chunk of float32 logits. With fewer than about 100 rows per chunk the products run at half their speed or
 # less, since each chunk passes over the weight and its gradient (measured on a CPU, V = 32000, D = 256); many more rows
 # only take memory. An accelerator outruns its memory by more than a CPU does and needs several times the rows.
 CHUNK_BYTES_CPU = 64 * 2**20

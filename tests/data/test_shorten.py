@@ -156,6 +156,6 @@ def test_a_row_that_has_no_step_left_trains_the_answer_alone(tiny_config: Any) -
     data = ["data.shorten.rule=drop_left", "data.shorten.steps=3"]  # of three to five steps
     work = Workspace(tiny_config(*stages, "no_cot.enabled=false", *data))
     kept = [len(row["cot"]) for row in work.data["train"]]
-    assert set(kept) == {0, 6, 12}  # six tokens a step
+    assert set(kept) == {0, 6, 12}  # six tokens per step
     step = train_stage(work.config, "cot")
     assert step.is_finished()

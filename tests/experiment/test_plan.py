@@ -194,7 +194,7 @@ def test_time_comes_from_what_finished_stages_measured(config: Config) -> None:
     off = {"no_cot": OFF, "stage1": Stage1Config(), "stage2": OFF}
     config = replace(config, cot=TrainConfig(enabled=True, micro_batch_size=5, gradient_accumulation_steps=2), **off)
     assert "# cot: 0.5 M trained" in forecast(config, **options)
-    # 35 tokens a row with three of </think>; 1000 rows in steps of 20 on two GPUs
+    # 35 tokens per row with three of </think>; 1000 rows in steps of 20 on two GPUs
     assert "50 steps, 3.5e+04 tokens, time unknown (--tokens-per-second)" in forecast(config, **options)
     lines = [{"train/tokens_per_second": rate} for rate in (1, 10, 100)] + [{"eval/accuracy": 0.5}]
     path = Path(config.directory) / "cot/metrics.jsonl"

@@ -65,7 +65,7 @@ def of_every_stage(*settings: str) -> list[str]:
 
 
 def trajectories(run_dir: Path, *overrides: str) -> dict[str, dict[str, list[float]]]:
-    """Train every stage and return stage -> `loss`, `grad_norm` -> one number a step."""
+    """Train every stage and return stage -> `loss`, `grad_norm` -> one number per step."""
     torch.set_num_threads(1)
     config = load_config(None, [*CONFIG, *overrides, f"run_dir={run_dir}"])
     work = Workspace(config)

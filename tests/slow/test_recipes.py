@@ -1,6 +1,6 @@
 """Every published recipe as a user starts it, from rows of the published schema to an export that answers.
 
-Two steps a stage on a model of two layers. Precision, adapters, prompts, formats and methods are those of the recipe;
+Two steps per stage on a model of two layers. Precision, adapters, prompts, formats and methods are those of the recipe;
 only sizes, steps and paths are set.
 """
 
