@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -149,7 +151,9 @@ def on_fake_gpu(*modules: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     Nothing is computed: tensors have a shape, a type and a device. There is no backward pass, for which autograd asks
     the driver. The modules are of no use afterwards.
     """
-    with _guarded(), FakeTensorMode(allow_non_fake_inputs=True):
+    # a tensor of one number keeps its value, and what is made of it would be computed for real
+    valued = patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0)
+    with _guarded(), valued, FakeTensorMode(allow_non_fake_inputs=True):
         moved: dict[int, Tensor] = {}
 
         def fake(tensor: Tensor) -> Tensor:
