@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,6 +170,12 @@ def _git_revision() -> dict[str, Any]:
         }
     except (OSError, subprocess.TimeoutExpired):
         return {"revision": "unknown", "dirty": False}
+
+
+def outcome_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return `Step.outcome` of a step from its manifest."""
+    history = manifest.get("history")
+    return fingerprint(manifest["inputs"], history) if history else manifest.get("fingerprint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from latent_sft.runs import (
     environment,
     file_sha256,
     fingerprint,
+    outcome_of,
     read_json,
     write_atomically,
     write_json,
@@ -228,3 +229,14 @@ def test_a_damaged_manifest_is_one_error_that_names_it(tmp_path: Path, content: 
             ask()
         assert str(tmp_path / MANIFEST) in str(caught.value)
     assert (tmp_path / MANIFEST).read_text() == content
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 10, "of": 10, "fingerprint": "before"}]])
+def test_a_manifest_says_what_is_made_from_the_step(tmp_path: Path, history: list[dict[str, object]]) -> None:
+    """Costs of a model are found by this, also where a stage was trained on after its end."""
+    step = Step(directory=tmp_path, inputs={"step": "cot", "betas": (0.9, 0.98)})
+    step.begin(0, history)
+    manifest = step.manifest()
+    assert manifest is not None
+    assert outcome_of(manifest) == step.outcome
+    assert (step.outcome == step.fingerprint) is (not history)

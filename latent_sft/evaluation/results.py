@@ -25,7 +25,7 @@ from latent_sft.config.load import to_yaml
 from latent_sft.errors import ArtefactError
 from latent_sft.evaluation.intervals import accuracy_error, paired_difference
 from latent_sft.methods import MODELS, STAGES
-from latent_sft.runs import MANIFEST, read_json
+from latent_sft.runs import MANIFEST, outcome_of, read_json
 
 Row = Mapping[str, Any]
 SPLITS = ("test", "validation")
@@ -114,7 +114,7 @@ def read_run(directory: Path) -> Run:
         ArtefactError: no evaluation results, or a damaged file.
     """
     steps = {path.parent.name: read_json(path) for path in directory.glob(f"*/{MANIFEST}")}
-    made = {manifest.get("fingerprint"): manifest for manifest in steps.values()}
+    made = {outcome_of(manifest): manifest for manifest in steps.values()}
     evaluations = []
     for path in (directory / "eval").glob("*/*.json"):
         found = read_json(path)
