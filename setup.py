@@ -73,7 +73,6 @@ setup(
         "browser": ["playwright"],  # only to test the page of the server
         "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
         "release": ["build", "twine"],
-        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.plugin.KNOWN
         "dev": [
             "pytest",
             "pytest-timeout",
