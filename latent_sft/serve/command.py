@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("own", "vllm"),
         default="own",
-        help="own: the decoding engine of this package; vllm: an installed vLLM (docs/vllm.md), which takes --host, "
+        help="own: the decoding engine of this package; vllm: an installed vLLM (extra [vllm]), which takes --host, "
         "--port and --name, and its own settings from its configuration file or environment (own)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")

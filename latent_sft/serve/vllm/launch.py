@@ -24,7 +24,7 @@ def command(checkpoint: str | Path, host: str = "127.0.0.1", port: int = 8000, m
         ConfigError: vLLM is not installed, or a folder is no export.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("serve: vLLM is not installed; pip install vllm==0.32.0, as docs/vllm.md says.")
+        raise ConfigError("serve: vLLM is not installed; pip install 'latent_sft[vllm]'.")
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / REMOTE_FILE).is_file():
         raise ConfigError(f"{checkpoint}: not an export, which vLLM needs; make one with latent-sft export.")
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
