@@ -73,7 +73,7 @@ setup(
         "browser": ["playwright"],  # only to test the page of the server
         "docs": ["mkdocs-material", "mkdocstrings[python]", "nbclient", "ipykernel"],
         "release": ["build", "twine"],
-        "vllm": ["vllm==0.33.0"],  # versions whose hooks are known: latent_sft.serve.vllm.plugin.KNOWN
+        "vllm": ["vllm==0.33.0"],  # the version in latent_sft.serve.vllm.plugin.KNOWN that takes transformers 5.20
         "dev": [
             "pytest",
             "pytest-timeout",

@@ -58,7 +58,7 @@ def test_an_export_is_read_as_its_base_type_that_thinks(version):
 
 def test_unknown_versions_are_refused_where_an_export_is_read(version):
     version("0.34.1")
-    with pytest.raises(ConfigError, match=r"vllm: found version 0\.34\.1, expected 0\.32\.0 or 0\.33\.0.*own engine"):
+    with pytest.raises(ConfigError, match=r"vllm: found version 0\.34\.1, expected 0\.32\.0 or 0\.33\.0;.*own engine"):
         ExportConfig.from_dict({"base_model_type": "llama", "architectures": []})
     version("0.33.0+cu130")
     plugin.check_version()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latent_sft.errors import ConfigError
-from latent_sft.export.checkpoint import is_export
+from latent_sft.export.remote import REMOTE_FILE
 
 
 def command(checkpoint: str | Path, host: str = "127.0.0.1", port: int = 8000, more: Sequence[str] = ()) -> list[str]:
@@ -25,7 +25,7 @@ def command(checkpoint: str | Path, host: str = "127.0.0.1", port: int = 8000, m
     """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("serve: vLLM is not installed; pip install 'latent_sft[vllm]'.")
-    if Path(checkpoint).is_dir() and not is_export(Path(checkpoint)):
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / REMOTE_FILE).is_file():
         raise ConfigError(f"{checkpoint}: not an export, which vLLM needs; make one with latent-sft export.")
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
     return [*vllm, "--host", host, "--port", str(port), "--reasoning-parser", "latent_sft", *more]

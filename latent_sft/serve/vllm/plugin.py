@@ -25,7 +25,7 @@ from latent_sft.errors import ConfigError
 from latent_sft.export.remote import MODEL_TYPE
 from latent_sft.serve.vllm.state import state_class, thinking_of
 
-KNOWN = ("0.32.0", "0.33.0")  # versions of vLLM whose hooks this was read against and run with
+KNOWN = ("0.32.0", "0.33.0")  # versions of vLLM that this ran with, on a CPU
 PREFIX = "Latent"  # before the name of an architecture
 PARSER = "latent_sft"  # --reasoning-parser
 WEIGHTS = ("placeholder", "projection")  # of `models.thoughts`, which vLLM finds beside the model's
