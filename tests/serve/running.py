@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -23,7 +22,7 @@ from latent_sft.models.thoughts import Thoughts
 from latent_sft.models.tiny_tokenizer import build_tokenizer
 from latent_sft.serve.answer import Service
 from latent_sft.serve.metrics import Metrics
-from latent_sft.serve.server import create_app
+from latent_sft.serve.server import create_app, listen
 from latent_sft.serve.worker import Worker
 
 TOKENIZER = build_tokenizer(["0 1 2 3 4 5 6 7 8 9 +"], TinyModelConfig(), PromptConfig())
@@ -92,7 +91,7 @@ def running(
     worker = Worker(reasoner, longest=None, batch_size=batch_size, most_waiting=most_waiting)
     service = Service(reasoner=reasoner, name="tiny", worker=worker, timeout=timeout, key=key, metrics=Metrics(worker))
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", timeout_graceful_shutdown=10))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

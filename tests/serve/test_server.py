@@ -22,7 +22,7 @@ from serve.running import TOKENIZER, Gate, Running, reasoner_of, running
 from latent_sft import cli
 from latent_sft.method.types import SPEC_FILE
 from latent_sft.models.load import save_lm
-from latent_sft.serve.server import MOST_BYTES
+from latent_sft.serve.server import MOST_BYTES, listen
 
 CHAT, RAW = "/v1/chat/completions", "/v1/completions"
 ASKED = {"messages": [{"role": "user", "content": "2 + 3"}]}
@@ -216,6 +216,14 @@ def test_who_has_gone_is_not_worked_for(stream: bool, waits: bool) -> None:
     assert 'status="499"} 1.0' in text
     if not waits:
         assert float(re.search(r"^latent_sft_answer_tokens_total (\S+)", text, re.M)[1]) < 100
+
+
+def test_what_is_written_is_sent_at_once() -> None:
+    """Small packets that wait for an acknowledgement cost 40 ms per answer."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_time_is_up_for_waiting_and_for_streams() -> None:
